@@ -1,0 +1,19 @@
+"""Changes of a network outside the gradient step, one method a file."""
+
+from clagrange.interventions.base import Intervention
+from clagrange.interventions.continual_backprop import ContinualBackprop
+from clagrange.interventions.full_reset import FullReset
+from clagrange.interventions.input_normalization import InputNormalization
+from clagrange.interventions.l2_init import L2Init
+from clagrange.interventions.shrink_and_perturb import ShrinkAndPerturb
+from clagrange.interventions.variance_injection import VarianceInjection
+
+__all__ = [
+    "ContinualBackprop",
+    "FullReset",
+    "InputNormalization",
+    "Intervention",
+    "L2Init",
+    "ShrinkAndPerturb",
+    "VarianceInjection",
+]

@@ -1,0 +1,118 @@
+"""The abstract intervention: a change of a network outside the gradient step."""
+
+from abc import ABC
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from clagrange.gaussian import owner_of
+from clagrange.replicas import Generators, generators_from_seeds, replicas_of
+
+
+class Intervention(ABC):  # noqa: B024 - every moment is optional
+    """Something that is done to a network at four moments of its training, in any framework.
+
+    A subclass overrides the moments it needs. What must survive a checkpoint goes into ``state`` (tensors,
+    numbers, and dicts of them); random numbers come from ``generators``. Both are in ``state_dict``, which
+    loads with ``weights_only=True``, before or after `on_start`.
+
+    Args:
+        seed: of the random stream; for a stacked network a sequence with one seed for each replica (a single
+            number s gives replica r the seed s + r).
+    """
+
+    def __init__(self, seed: int | Sequence[int] = 0) -> None:
+        self.seed = seed
+        self.state: dict[str, Any] = {}
+        self.generators: Generators | None = None
+        self._handles: list[RemovableHandle] = []
+        self._generator_states: list[Tensor] | None = None
+
+    @property
+    def told_of_switches(self) -> bool:
+        """Whether the method uses the announcement of task switches."""
+        return type(self).on_switch is not Intervention.on_switch
+
+    def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
+        """Before training starts, and again whenever it goes on (a new `fit`, a resumed run)."""
+        self.detach()
+        replicas = replicas_of(network)
+        if self.generators is None:
+            seeds: int | Sequence[int] = self.seed
+            if replicas is not None and isinstance(seeds, int):
+                seeds = [seeds + replica for replica in range(replicas)]
+            if not isinstance(seeds, int) and len(seeds) != replicas:
+                raise ValueError(
+                    f"seed: expected a number, or one for each of {replicas or 'no'} replicas; got {seeds!r}"
+                )
+            self.generators = generators_from_seeds(seeds, next(network.parameters()).device)
+        if self._generator_states is not None:
+            for generator, state in zip(self._streams(), self._generator_states, strict=True):
+                generator.set_state(state.cpu())
+            self._generator_states = None
+
+    def on_gradient(self, network: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
+        """After the gradients are there, before the optimizer steps."""
+
+    def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
+        """After each optimizer step."""
+
+    def on_switch(self, network: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
+        """At the switch to another task; never before the first."""
+
+    def detach(self) -> None:
+        """Remove the hooks from the network."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the intervention has gathered, and its random streams."""
+        return {"state": self.state, "generators": [stream.get_state() for stream in self._streams()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.state = state["state"]
+        self._generator_states = list(state["generators"]) or None
+        if self._generator_states is not None and self.generators is not None:
+            for generator, stored in zip(self._streams(), self._generator_states, strict=True):
+                generator.set_state(stored.cpu())
+            self._generator_states = None
+
+    def __getstate__(self) -> dict[str, Any]:  # generators and hooks do not pickle
+        states = [stream.get_state() for stream in self._streams()] or self._generator_states
+        return {**self.__dict__, "generators": None, "_handles": [], "_generator_states": states}
+
+    def _streams(self) -> list[torch.Generator]:
+        if self.generators is None:
+            return []
+        return [self.generators] if isinstance(self.generators, torch.Generator) else list(self.generators)
+
+
+def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that training changes."""
+    return [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
+def forget_entries(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:
+    """Reset what optimizer and Gaussian layer know of some entries of a parameter.
+
+    The optimizer's tensors of the parameter's shape (momentum, averages of gradients and their squares) become
+    0 there, a Gaussian precision returns to its prior, its curvature to 0.
+
+    Args:
+        optimizer: any torch optimizer.
+        parameter: the parameter.
+        mask: true at the entries to forget; broadcasts against the parameter.
+    """
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.masked_fill_(mask, 0.0)
+    owner = owner_of(parameter)
+    if owner is not None:
+        layer, name = owner
+        layer.precision_of(name).reset(mask)

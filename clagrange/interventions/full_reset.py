@@ -1,0 +1,28 @@
+"""A fresh network for every task."""
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from clagrange.gaussian import gaussian_layers
+from clagrange.interventions.base import Intervention
+from clagrange.networks import initialize
+
+
+class FullReset(Intervention):
+    """Draw all weights afresh at every switch and clear the optimizer: what a network without a past reaches.
+
+    Weights are drawn by `clagrange.networks.initialize`, Gaussian precisions return to their prior.
+
+    Args:
+        seed: of the random stream.
+    """
+
+    @torch.no_grad()
+    def on_switch(self, network: nn.Module, optimizer: Optimizer) -> None:
+        """Start over."""
+        initialize(network, self.generators)
+        for _, layer in gaussian_layers(network):
+            for name, _ in layer.means():
+                layer.precision_of(name).reset()
+        optimizer.state.clear()

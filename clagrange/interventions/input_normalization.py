@@ -1,0 +1,55 @@
+"""Running normalisation of the inputs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clagrange._checks import check_positive
+from clagrange.interventions.base import Intervention
+from clagrange.replicas import replicas_of
+
+
+class InputNormalization(Intervention):
+    """Feed the network (x − m)/√(v + ε), with m and v the mean and variance of every feature so far.
+
+    The control that any claim about plasticity has to beat. Statistics of all inputs that the network saw in
+    training mode, each example with the same weight, are updated with a batch before it is normalised; labels
+    play no part. In evaluation mode they stay.
+
+    Args:
+        eps: ε, in squared units of the inputs.
+    """
+
+    def __init__(self, eps: float = 1e-4) -> None:
+        super().__init__()
+        check_positive("eps", eps)
+        self.eps = eps
+
+    def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
+        """Hook the network's inputs."""
+        super().on_start(network, optimizer)
+        batch_dim = 0 if replicas_of(network) is None else 1
+
+        def normalise(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (self._normalised(args[0], batch_dim, module.training), *args[1:])
+
+        self._handles.append(network.register_forward_pre_hook(normalise))
+
+    @torch.no_grad()
+    def _normalised(self, inputs: Tensor, batch_dim: int, update: bool) -> Tensor:
+        if not self.state:
+            zeros = torch.zeros_like(inputs.select(batch_dim, 0))
+            self.state = {"count": 0, "mean": zeros, "variance": zeros.clone()}
+        mean, variance = (self.state[name].to(inputs) for name in ("mean", "variance"))
+        if update:
+            size = inputs.shape[batch_dim]
+            weight = size / (self.state["count"] + size)
+            batch_variance, batch_mean = torch.var_mean(inputs, batch_dim, correction=0)
+            shift = batch_mean - mean
+            variance = torch.lerp(variance, batch_variance, weight) + weight * (1.0 - weight) * shift.square()
+            mean = mean + weight * shift
+            self.state = {"count": self.state["count"] + size, "mean": mean, "variance": variance}
+        mean, variance = mean.unsqueeze(batch_dim), variance.unsqueeze(batch_dim)
+        return (inputs - mean) * (variance + self.eps).rsqrt()

@@ -1,0 +1,81 @@
+"""Networks of the literature, initialised from given random streams."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clagrange.replicas import Generators, generator_of, replicas_of
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int, *, seed: int = 0) -> nn.Sequential:
+    """A multi-layer perceptron with ReLU units, He-uniform weights and zero biases.
+
+    Args:
+        inputs: features of an example; images are flattened.
+        hidden: width of each hidden layer.
+        outputs: width of the last layer.
+        seed: of the weights.
+
+    Example:
+        >>> mlp(64, [32], 10)(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+    widths = [inputs, *hidden, outputs]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for index, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+        layers += [nn.ReLU()] if index else []
+        layers.append(nn.Linear(fan_in, fan_out))
+    network = nn.Sequential(*layers)
+    initialize(network, torch.Generator().manual_seed(seed))
+    return network
+
+
+def initialize(network: nn.Module, generators: Generators | None = None) -> None:
+    """Draw fresh weights in place, each replica's from its own random stream.
+
+    Linear and convolution weights: He-uniform, U(±√(6 / fan_in)), biases 0 (He et al. 2015). Normalisation
+    layers: scale 1, shift 0, running statistics as new.
+
+    Raises:
+        ValueError: for a layer with parameters of another kind; it is named.
+    """
+    replicas = replicas_of(network)
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            bound = math.sqrt(6.0 / fan_in(module))
+            weights = [module.weight] if replicas is None else module.weight
+            for replica, weight in enumerate(weights):
+                weight.data.uniform_(-bound, bound, generator=generator_of(generators, replica))
+            if module.bias is not None:
+                module.bias.data.zero_()
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)):
+            module.reset_parameters()
+        elif any(True for _ in module.parameters(recurse=False)):
+            raise ValueError(
+                f"network: layer {name or '(root)'!r} of type {type(module).__name__} cannot be drawn afresh; "
+                f"known are linear, convolution and normalisation layers"
+            )
+
+
+def fan_in(layer: nn.Linear | nn.Conv2d) -> int:
+    """Number of inputs of one unit."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+
+def he_bound(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2.0)) -> float:
+    """The bound b of the uniform initialisation U(±b): gain·√(3 / fan_in)."""
+    return gain * math.sqrt(3.0 / fan_in(layer))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over the examples; for logits (R, B, C) the sum over replicas of their means.
+
+    Summing over the replicas leaves each replica's gradient what it is alone.
+    """
+    loss = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return loss * (logits.shape[0] if logits.dim() == 3 else 1)

@@ -1,0 +1,165 @@
+"""SGD and Adam whose hyper-parameters may differ between replicas.
+
+torch's optimizers serve a stacked network as long as all replicas share their settings. These take a tensor of
+shape (R,) for any number, and equal torch's for each replica.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clagrange._checks import Number, check_fraction, check_nonnegative, check_number, per_replica
+
+
+def adam_update(
+    parameter: Tensor,
+    gradient: Tensor,
+    gradient_mean: Tensor,
+    gradient_square: Tensor,
+    step: Tensor,
+    *,
+    lr: Number,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+) -> None:
+    """One Adam step in place: θ ← θ − lr · m̂ / (√v̂ + ε), with bias-corrected averages m̂ and v̂.
+
+    In the theory this is the rule of an agent that believes gradient and squared gradient to be
+    Ornstein-Uhlenbeck processes, in the ballistic regime (Vastola et al. 2025, Eqs. 12-14).
+
+    Args:
+        parameter: θ, changed in place.
+        gradient: g, same shape.
+        gradient_mean: m, changed in place.
+        gradient_square: v, changed in place.
+        step: number of steps including this one, 0-dimensional.
+        lr: learning rate.
+        betas: decay of m and v.
+        eps: ε.
+    """
+    lr, beta1, beta2, eps = (per_replica(value, parameter) for value in (lr, *betas, eps))
+    gradient_mean.lerp_(gradient, 1.0 - beta1)
+    gradient_square.lerp_(gradient.square(), 1.0 - beta2)
+    count = float(step)
+    deviation = gradient_square.sqrt() / (1.0 - beta2**count) ** 0.5 + eps
+    parameter.sub_((lr / (1.0 - beta1**count)) * gradient_mean / deviation)
+
+
+class _StackedOptimizer(Optimizer, ABC):
+    """The loop that both stacked optimizers share."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; a closure is evaluated first and its value returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    gradient = parameter.grad + per_replica(group["weight_decay"], parameter) * parameter
+                    self._update(parameter, gradient, self.state[parameter], group)
+        return loss
+
+    @abstractmethod
+    def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Change one parameter in place."""
+
+
+class StackedSGD(_StackedOptimizer):
+    """SGD with momentum and coupled weight decay; every number may be a tensor of shape (R,).
+
+    m ← momentum·m + g + weight_decay·θ;  θ ← θ − lr·m. Equal to `torch.optim.SGD` for each replica.
+
+    Args:
+        params: parameters with a leading replica dimension (or not, with plain numbers).
+        lr: learning rate.
+        momentum: heavy-ball coefficient.
+        weight_decay: coupled L2 coefficient.
+
+    Raises:
+        ValueError: if a number is out of range, or has more entries than there are replicas.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 3))
+        >>> optimizer = StackedSGD([weight], lr=torch.tensor([0.1, 0.2]))
+    """
+
+    def __init__(self, params: Any, lr: Number = 1e-3, momentum: Number = 0.0, weight_decay: Number = 0.0):
+        check_nonnegative("lr", lr)
+        check_fraction("momentum", momentum)
+        check_nonnegative("weight_decay", weight_decay)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        momentum = group["momentum"]
+        if isinstance(momentum, Tensor) or momentum > 0:
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            gradient = state["momentum_buffer"].mul_(per_replica(momentum, parameter)).add_(gradient)
+        parameter.sub_(per_replica(group["lr"], parameter) * gradient)
+
+
+class StackedAdam(_StackedOptimizer):
+    """Adam with coupled weight decay; every number may be a tensor of shape (R,).
+
+    Equal to `torch.optim.Adam` for each replica.
+
+    Args:
+        params: parameters with a leading replica dimension (or not, with plain numbers).
+        lr: learning rate.
+        betas: decay of the averages of gradient and squared gradient.
+        eps: added to the root of the squared gradient.
+        weight_decay: coupled L2 coefficient.
+
+    Raises:
+        ValueError: if a number is out of range, or has more entries than there are replicas.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 3))
+        >>> optimizer = StackedAdam([weight], lr=torch.tensor([1e-3, 3e-3]))
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Number = 1e-3,
+        betas: tuple[Number, Number] = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 0.0,
+    ) -> None:
+        check_nonnegative("lr", lr)
+        for index, beta in enumerate(betas):
+            check_number(f"betas[{index}]", beta, low=0.0, high=1.0, open_high=True)
+        check_nonnegative("eps", eps)
+        check_nonnegative("weight_decay", weight_decay)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        adam_step(parameter, gradient, state, lr=group["lr"], betas=group["betas"], eps=group["eps"])
+
+
+def adam_step(
+    parameter: Tensor, gradient: Tensor, state: dict[str, Any], *, lr: Number, betas: Any, eps: Number
+) -> None:
+    """`adam_update` with its averages kept, and made at the first call, in an optimizer's state."""
+    if "step" not in state:
+        state["step"] = torch.zeros(())
+        state["gradient_mean"] = torch.zeros_like(parameter)
+        state["gradient_square"] = torch.zeros_like(parameter)
+    state["step"] += 1
+    adam_update(
+        parameter,
+        gradient,
+        state["gradient_mean"],
+        state["gradient_square"],
+        state["step"],
+        lr=lr,
+        betas=betas,
+        eps=eps,
+    )

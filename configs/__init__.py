@@ -1,0 +1,1 @@
+"""Studies as YAML files, read through `importlib.resources.files("clagrange.configs")`."""
