@@ -66,7 +66,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         )
     flat = inputs.flatten(1, -2)
     product = torch.bmm(flat, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, weight.mT)
-    return product if inputs.dim() == 3 else product.unflatten(1, inputs.shape[1:-1])
+    return product.reshape(*inputs.shape[:-1], -1)
 
 
 def conv2d(layer: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,7 +95,12 @@ def conv2d(layer: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None
         layer.dilation,
         replicas * layer.groups,
     )
-    return folded.unflatten(1, (replicas, -1)).transpose(0, 1)
+    return _unfold_replicas(folded, replicas)
+
+
+def _unfold_replicas(folded: Tensor, replicas: int) -> Tensor:
+    """(batch, R·channels, ...) as (R, batch, channels, ...)."""
+    return folded.reshape(folded.shape[0], replicas, -1, *folded.shape[2:]).transpose(0, 1)
 
 
 # ------------------------------------------------------------------------------------------ stacked layers
@@ -137,7 +142,7 @@ class StackedGroupNorm(nn.GroupNorm):
         weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
         folded = inputs.transpose(0, 1).flatten(1, 2)
         out = F.group_norm(folded, inputs.shape[0] * self.num_groups, weight, bias, self.eps)
-        return out.unflatten(1, (inputs.shape[0], -1)).transpose(0, 1)
+        return _unfold_replicas(out, inputs.shape[0])
 
 
 class _StackedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -163,7 +168,7 @@ class _StackedBatchNorm(nn.modules.batchnorm._BatchNorm):
         )
         folded = inputs.transpose(0, 1).flatten(1, 2)
         out = F.batch_norm(folded, running_mean, running_var, weight, bias, use_batch, momentum, self.eps)
-        return out.unflatten(1, (inputs.shape[0], -1)).transpose(0, 1)
+        return _unfold_replicas(out, inputs.shape[0])
 
 
 class StackedBatchNorm1d(_StackedBatchNorm):
@@ -174,9 +179,10 @@ class StackedBatchNorm2d(_StackedBatchNorm):
     """R batch norms over (R, batch, channels, height, width)."""
 
 
-def _over_examples(module: nn.Module, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+def _over_examples(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     """Run a function that treats dimension 0 as the batch on (R, batch, ...)."""
-    return forward(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+    outputs = forward(inputs.flatten(0, 1))
+    return outputs.reshape(*inputs.shape[:2], *outputs.shape[1:])
 
 
 class StackedFlatten(nn.Flatten):
@@ -184,7 +190,7 @@ class StackedFlatten(nn.Flatten):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Flatten each example."""
-        return _over_examples(self, super().forward, inputs)
+        return _over_examples(super().forward, inputs)
 
 
 class StackedMaxPool2d(nn.MaxPool2d):
@@ -192,7 +198,7 @@ class StackedMaxPool2d(nn.MaxPool2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Pool each example."""
-        return _over_examples(self, super().forward, inputs)
+        return _over_examples(super().forward, inputs)
 
 
 class StackedAvgPool2d(nn.AvgPool2d):
@@ -200,7 +206,7 @@ class StackedAvgPool2d(nn.AvgPool2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Pool each example."""
-        return _over_examples(self, super().forward, inputs)
+        return _over_examples(super().forward, inputs)
 
 
 class StackedAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
@@ -208,7 +214,7 @@ class StackedAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Pool each example."""
-        return _over_examples(self, super().forward, inputs)
+        return _over_examples(super().forward, inputs)
 
 
 STACKED_FORMS: dict[type[nn.Module], type[nn.Module]] = {

@@ -43,7 +43,8 @@ class Connection:
         if isinstance(self.consumer, nn.Linear):
             if self.copies == 1:
                 return inputs
-            return inputs.unflatten(-1, (self.units, self.copies)).transpose(-1, -2).flatten(-3, -2)
+            grouped = inputs.reshape(*inputs.shape[:-1], self.units, self.copies)
+            return grouped.transpose(-1, -2).flatten(-3, -2)
         return inputs.movedim(-3, -1).flatten(-4, -2)
 
     def incoming(self, values: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ class Connection:
     def mean_outgoing(self, values: Tensor) -> Tensor:
         """The mean over each unit's outgoing entries of a tensor of the shape of ``consumer.weight``."""
         if isinstance(self.consumer, nn.Linear):
-            return values.mean(-2).unflatten(-1, (self.units, self.copies)).mean(-1)
+            return values.mean(-2).reshape(*values.shape[:-2], self.units, self.copies).mean(-1)
         return values.mean((-4, -2, -1))
 
 

@@ -31,7 +31,8 @@ class GaussianLayer(nn.Module, ABC):
 
     The precision of the mean ``weight`` is the submodule ``weight_precision``. A layer counts the examples
     whose gradients its means hold, because an optimizer that turns gradients into curvature has to know it:
-    the count starts afresh when gradients were set to None and adds up while they accumulate.
+    the count starts afresh when gradients were set to None and adds up while they accumulate. A layer that is
+    used several times between the same inputs and loss saw these examples once.
 
     Attributes:
         examples: number of examples behind the present gradients (of each replica).
@@ -41,6 +42,8 @@ class GaussianLayer(nn.Module, ABC):
     mean_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     examples: int
     positions: int
+    _backward: int  # the backward pass that counted last
+    _before: tuple[int, int]  # the counts before it
 
     def become_gaussian(self, precision: str, prior_mean: str, prior_variance: Number) -> None:
         """Give every mean a precision at its prior.
@@ -67,7 +70,7 @@ class GaussianLayer(nn.Module, ABC):
         for name, _ in self.means():
             delattr(self, f"{name}_precision")
             _owners.pop(getattr(self, name), None)
-        for attribute in ("examples", "positions"):
+        for attribute in ("examples", "positions", "_backward", "_before"):
             delattr(self, attribute)
 
     def means(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -103,16 +106,22 @@ class GaussianLayer(nn.Module, ABC):
             layer = this()
             if layer is None:
                 return
-            fresh = all(mean.grad is None for _, mean in layer.means())
-            layer.examples = examples + (0 if fresh else layer.examples)
-            layer.positions = positions + (0 if fresh else layer.positions)
+            backward = torch._C._current_graph_task_id()
+            if backward != layer._backward:
+                fresh = all(mean.grad is None for _, mean in layer.means())
+                layer._before = (0, 0) if fresh else (layer.examples, layer.positions)
+                layer.examples, layer.positions = layer._before
+                layer._backward = backward
+            layer.examples = max(layer.examples, layer._before[0] + examples)
+            layer.positions = max(layer.positions, layer._before[1] + positions)
 
         output.register_hook(note)
 
     def clear_examples(self) -> None:
         """Forget the count, once the gradients have been used."""
-        self.examples = 0
-        self.positions = 0
+        self.examples = self.positions = 0
+        self._backward = -1
+        self._before = (0, 0)
 
     # The link from mean to precision: wherever a parameter object can change, it is made anew.
     def _link(self) -> None:
@@ -122,7 +131,7 @@ class GaussianLayer(nn.Module, ABC):
                 _owners[mean] = (weakref.ref(self), name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # unpickling and deepcopy
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._link()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -132,7 +141,7 @@ class GaussianLayer(nn.Module, ABC):
             _owners[param] = (weakref.ref(self), name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._link()
         return result
 

@@ -113,8 +113,20 @@ def _settings_by_layer(
             check_choice("precision", settings["precision"], PRECISIONS)
             check_choice("prior_mean", settings["prior_mean"], ("zero", "initial"))
             check_positive("prior_variance", settings["prior_variance"])
+            _check_replicas(layer, settings["prior_variance"])
             plan[name] = (layer, settings)
     return plan
+
+
+def _check_replicas(layer: nn.Module, prior_variance: Number) -> None:
+    if not isinstance(prior_variance, Tensor) or prior_variance.dim() == 0:
+        return
+    replicas = layer.weight.shape[0] if isinstance(layer, (StackedLinear, StackedConv2d)) else None
+    if replicas != len(prior_variance):
+        raise ValueError(
+            f"prior_variance: expected a number{f' or one for each of {replicas} replicas' if replicas else ''}, "
+            f"got {len(prior_variance)} numbers; stack the networks with clagrange.replicas.stack"
+        )
 
 
 def _refuse_shared_weights(plan: dict[str, tuple[nn.Module, dict[str, Any]]]) -> None:

@@ -51,5 +51,5 @@ class InputNormalization(Intervention):
             variance = torch.lerp(variance, batch_variance, weight) + weight * (1.0 - weight) * shift.square()
             mean = mean + weight * shift
             self.state = {"count": self.state["count"] + size, "mean": mean, "variance": variance}
-        mean, variance = mean.unsqueeze(batch_dim), variance.unsqueeze(batch_dim)
-        return (inputs - mean) * (variance + self.eps).rsqrt()
+        scale: Tensor = (variance + self.eps).rsqrt()
+        return (inputs - mean.unsqueeze(batch_dim)) * scale.unsqueeze(batch_dim)

@@ -248,7 +248,7 @@ def _foreach_step(
     discount: float,
     curvature_decay: float,
     trust_region: float,
-    fraction: float,
+    fraction: Number,
 ) -> None:
     """The same as `observe`, `relax`, `displacement` of every block, by multi-tensor kernels."""
     means = [block[0] for block in blocks]
@@ -262,8 +262,8 @@ def _foreach_step(
     torch._foreach_addcmul_(curvatures, gradients, gradients, weights)
     prior_curvatures = torch._foreach_mul(prior_precisions, temperature)
     stiffness = torch._foreach_add(curvatures, prior_curvatures)
-    torch._foreach_mul_(precisions, 1.0 - fraction)
-    torch._foreach_add_(precisions, stiffness, alpha=fraction / temperature)
+    torch._foreach_mul_(precisions, 1.0 - float(fraction))
+    torch._foreach_add_(precisions, stiffness, alpha=float(fraction) / temperature)
 
     steps = torch._foreach_div(stiffness, precisions)
     torch._foreach_mul_(steps, -lr / temperature)  # minus the overdamped rate

@@ -1,0 +1,7 @@
+"""Lightning callbacks and the Lightning data module of a task stream."""
+
+from clagrange.callbacks.datamodule import StreamDataModule
+from clagrange.callbacks.intervention import InterventionCallback, VarianceInjection
+from clagrange.callbacks.plasticity_monitor import PlasticityMonitor
+
+__all__ = ["InterventionCallback", "PlasticityMonitor", "StreamDataModule", "VarianceInjection"]

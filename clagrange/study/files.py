@@ -1,0 +1,27 @@
+"""Files that are never half-written: written beside their target, then renamed."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path beside ``target`` to write to; renamed to ``target`` on success, removed on failure.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder, replacing(Path(folder) / "a.txt") as path:
+        ...     _ = path.write_text("whole")
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,327 @@
+"""The methods that a study compares: a network's preparation, its optimizer and its interventions.
+
+Constructor arguments are the settings that a study file gives. Every number may also be a tensor of shape
+(R,), one setting for each replica of a stacked network; that is how a search tries many settings at once.
+"""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clagrange import interventions
+from clagrange._checks import Number, check_choice
+from clagrange.gaussian import gaussianize
+from clagrange.interventions import Intervention
+from clagrange.optim import EulerLagrange as EulerLagrangeOptimizer
+from clagrange.optim import StackedAdam, StackedSGD
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One way of training a network on a stream.
+
+    Attributes:
+        source: where the method was published.
+    """
+
+    source: ClassVar[str]
+
+    def prepare(self, network: nn.Module) -> None:  # noqa: B027
+        """Change the fresh network in place, such as by making it Gaussian."""
+
+    @abstractmethod
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The optimizer of the prepared network."""
+
+    def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
+        """What else is done to the network, with the seeds of the replicas' random streams."""
+        return []
+
+    @property
+    def told_of_switches(self) -> bool:
+        """Whether the method uses the announcement of task switches."""
+        return any(intervention.told_of_switches for intervention in self.interventions(0))
+
+
+def _sgd(network: nn.Module, lr: Number, l2: Number = 0.0) -> Optimizer:
+    stacked = isinstance(lr, Tensor) or isinstance(l2, Tensor)
+    kind: Any = StackedSGD if stacked else torch.optim.SGD
+    return kind(network.parameters(), lr=lr, weight_decay=l2)  # type: ignore[no-any-return]
+
+
+def _adam(network: nn.Module, lr: Number, l2: Number = 0.0) -> Optimizer:
+    if isinstance(lr, Tensor) or isinstance(l2, Tensor):
+        return StackedAdam(network.parameters(), lr=lr, weight_decay=l2)
+    return torch.optim.Adam(network.parameters(), lr=lr, weight_decay=l2, foreach=True)
+
+
+_BASES = {"sgd": _sgd, "adam": _adam}
+
+
+def _base(name: str, network: nn.Module, lr: Number) -> Optimizer:
+    check_choice("base", name, _BASES)
+    return _BASES[name](network, lr)
+
+
+@dataclass(frozen=True)
+class SGD(Method):
+    """Stochastic gradient descent.
+
+    Args:
+        lr: learning rate.
+    """
+
+    source = "Robbins and Monro (1951)"
+    lr: float = 0.03
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """torch's SGD."""
+        return _sgd(network, self.lr)
+
+
+@dataclass(frozen=True)
+class Adam(Method):
+    """Adam.
+
+    Args:
+        lr: learning rate.
+    """
+
+    source = "Kingma and Ba (2015)"
+    lr: float = 1e-3
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """torch's Adam."""
+        return _adam(network, self.lr)
+
+
+@dataclass(frozen=True)
+class AdamL2(Method):
+    """Adam with coupled L2 regularisation.
+
+    Args:
+        lr: learning rate.
+        l2: coefficient; l2·w is added to the gradient.
+    """
+
+    source = "Kingma and Ba (2015)"
+    lr: float = 1e-3
+    l2: float = 1e-3
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """torch's Adam with weight decay."""
+        return _adam(network, self.lr, self.l2)
+
+
+@dataclass(frozen=True)
+class AdamInputNormalization(Method):
+    """Adam on inputs normalised by their running mean and variance: the control for input conditioning.
+
+    Args:
+        lr: learning rate.
+    """
+
+    source = "control"
+    lr: float = 1e-3
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """torch's Adam."""
+        return _adam(network, self.lr)
+
+    def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
+        """Running normalisation of the inputs."""
+        return [interventions.InputNormalization()]
+
+
+@dataclass(frozen=True)
+class ShrinkAndPerturb(Method):
+    """Shrink all weights a little and add noise, at every step.
+
+    Args:
+        lr: learning rate.
+        shrink: fraction removed at every step.
+        noise: standard deviation of the noise at every step.
+        base: "sgd" or "adam".
+    """
+
+    source = "Ash and Adams (2020), Dohare et al. (2024)"
+    lr: float = 0.03
+    shrink: float = 1e-4
+    noise: float = 1e-3
+    base: str = "sgd"
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The base optimizer."""
+        return _base(self.base, network, self.lr)
+
+    def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
+        """Shrink and perturb."""
+        return [interventions.ShrinkAndPerturb(self.shrink, self.noise, seed=seeds)]
+
+
+@dataclass(frozen=True)
+class L2Init(Method):
+    """L2 regularisation toward the initial weights.
+
+    Args:
+        lr: learning rate.
+        strength: λ of λ/2·‖w − w₀‖².
+        base: "sgd" or "adam".
+    """
+
+    source = "Kumar, Marklund, Van Roy (2023)"
+    lr: float = 0.03
+    strength: float = 1e-2
+    base: str = "sgd"
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The base optimizer."""
+        return _base(self.base, network, self.lr)
+
+    def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
+        """The regulariser."""
+        return [interventions.L2Init(self.strength)]
+
+
+@dataclass(frozen=True)
+class ContinualBackprop(Method):
+    """Replace the least useful mature hidden units, a few at a time.
+
+    Args:
+        lr: learning rate.
+        replacement_rate: fraction of the mature units replaced at every step.
+        maturity: steps for which a new unit is protected.
+        utility: "contribution", "zero_contribution" or "adaptable_contribution".
+        base: "sgd" or "adam".
+    """
+
+    source = "Dohare et al. (2024)"
+    lr: float = 0.03
+    replacement_rate: float = 1e-3
+    maturity: int = 100
+    utility: str = "contribution"
+    base: str = "sgd"
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The base optimizer."""
+        return _base(self.base, network, self.lr)
+
+    def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
+        """Generate and test."""
+        return [
+            interventions.ContinualBackprop(
+                self.replacement_rate, maturity=self.maturity, utility=self.utility, seed=seeds
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class FreshNetwork(Method):
+    """A fresh network for every task, trained by Adam: what a network without a past reaches.
+
+    Args:
+        lr: learning rate.
+    """
+
+    source = "control"
+    lr: float = 1e-3
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """torch's Adam."""
+        return _adam(network, self.lr)
+
+    def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
+        """Reset of weights and optimizer at every switch."""
+        return [interventions.FullReset(seed=seeds)]
+
+
+@dataclass(frozen=True)
+class EulerLagrange(Method):
+    """Gaussian weights along the Euler-Lagrange flow, not told of switches.
+
+    Args:
+        lr: fraction of the way to equilibrium covered in one step.
+        temperature: T = τ/k.
+        prior_variance: of the weights, in units of the initialisation variance.
+        variance_rate: fraction by which precisions relax in one step; null ties it to lr.
+        curvature_decay: of the curvature belief.
+        trust_region: bound on a mean's step, in posterior standard deviations.
+        discount: γ per step.
+    """
+
+    source = "Vastola, Gershman, Rajan (2025), section 6"
+    lr: float = 6e-4
+    temperature: float = 6e-6
+    prior_variance: float = 0.2
+    variance_rate: float | None = 5e-3
+    curvature_decay: float = 0.99
+    trust_region: float = 0.3
+    discount: float = math.inf
+
+    def prepare(self, network: nn.Module) -> None:
+        """Make the network Gaussian."""
+        gaussianize(network, prior_variance=self.prior_variance)
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The Euler-Lagrange optimizer."""
+        return EulerLagrangeOptimizer(
+            network,
+            lr=self.lr,
+            temperature=self.temperature,
+            discount=self.discount,
+            variance_rate=self.variance_rate,
+            curvature_decay=self.curvature_decay,
+            trust_region=self.trust_region,
+        )
+
+
+@dataclass(frozen=True)
+class EulerLagrangeInjection(EulerLagrange):
+    """Gaussian weights along the Euler-Lagrange flow, with variance injected at every switch.
+
+    Args:
+        strength: of the sampled injection, in [0, 1].
+        widen: fraction by which precisions move to the prior's at a switch.
+    """
+
+    strength: float = 1.0
+    widen: float = 0.0
+
+    def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
+        """Variance injection."""
+        return [interventions.VarianceInjection(self.strength, self.widen, seed=seeds)]
+
+
+def snake_case(name: str) -> str:
+    """The name of a class as study files write it.
+
+    Example:
+        >>> snake_case("PermutedMNIST"), snake_case("AdamL2"), snake_case("L2Init")
+        ('permuted_mnist', 'adam_l2', 'l2_init')
+    """
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=\d)(?=[A-Z])", "_", name).lower()
+
+
+METHODS: dict[str, type[Method]] = {
+    snake_case(method.__name__): method
+    for method in (
+        SGD,
+        Adam,
+        AdamL2,
+        AdamInputNormalization,
+        ShrinkAndPerturb,
+        L2Init,
+        ContinualBackprop,
+        FreshNetwork,
+        EulerLagrange,
+        EulerLagrangeInjection,
+    )
+}
+"""The methods that a study file can name."""

@@ -1,0 +1,326 @@
+"""What a study came to: `summary.json`, and the same as a table in the terminal and in Markdown."""
+
+import json
+import math
+import os
+import platform
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import clagrange
+from clagrange.study.files import replacing
+from clagrange.study.results import MethodResult
+from clagrange.study.statistics import interval, tenths
+
+SCHEMA = 1
+"""Version of the form of `summary.json`; raised when a key changes its meaning or goes away."""
+
+COLUMNS = {
+    "method": "name of the method in the configuration",
+    "told of switches": "whether the method uses the announcement that a new task begins; the others never learn it",
+    "online accuracy %": (
+        "accuracy on each batch before learning from it, mean over all tasks and seeds, in per cent; "
+        "in brackets the 95 % bootstrap interval over seeds"
+    ),
+    "first tenth": "online accuracy over the first tenth of the tasks, in per cent",
+    "last tenth": "online accuracy over the last tenth of the tasks, in per cent",
+    "change": (
+        "last tenth minus first tenth, in percentage points, with the interval over seeds; "
+        "an interval below 0 is a loss of plasticity"
+    ),
+    "seconds": "wall time of the training steps of all seeds together",
+    "model-steps/s": "optimizer steps of one network, times seeds, per second",
+    "diverged": "number of seeds whose loss was ever not finite",
+}
+"""Columns of the tables and what they mean."""
+
+_HEADERS = (
+    "method",
+    "told of\nswitches",
+    "online\naccuracy %",
+    "first\ntenth",
+    "last\ntenth",
+    "change",
+    "seconds",
+    "model-\nsteps/s",
+)
+# Of the printed table, which names diverged seeds below instead.
+_NOTHING = "-"
+_NO_INTERVAL: dict[str, float | None] = {"mean": None, "low": None, "high": None}
+_PRINTED_COLUMNS = 100
+_NARROW_NAME = 15
+
+
+def summarize(
+    results: Sequence[MethodResult],
+    *,
+    status: str,
+    environment: Mapping[str, object],
+    planned: Mapping[str, Sequence[str]] | None = None,
+    tasks: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """The study in the form of `summary.json`, strictly JSON: null where there is no number, never NaN.
+
+    ``{"schema": 1, "status", "environment", "streams": [{"name", "tasks", "methods": [{"name",
+    "told_of_switches", "seeds": [...], "online_accuracy": {"mean", "low", "high"}, "first_tenth",
+    "last_tenth", "change": {"mean", "low", "high"}, "model_steps_per_second", "seconds", "diverged"}]}]}``
+
+    Accuracies are fractions, means over seeds; ``change`` is the last minus the first tenth, paired by seed;
+    ``diverged`` is a number of seeds. A method that has no result, or fewer tasks than planned, has no seeds
+    and null everywhere.
+
+    Args:
+        results: in the order of the study.
+        status: how the study ended, for instance "complete" or "interrupted".
+        environment: what `environment` gave.
+        planned: names of the methods of each stream; by default those with a result.
+        tasks: number of tasks of each stream; by default the largest among its results.
+
+    Raises:
+        ValueError: if a method has two results on a stream.
+
+    Example:
+        >>> summarize([], status="interrupted", environment={}, planned={"digits": ["sgd"]})["streams"][0]["tasks"]
+    """
+    by_stream: dict[str, dict[str, MethodResult]] = {}
+    for result in results:
+        methods = by_stream.setdefault(result.stream, {})
+        if result.method in methods:
+            raise ValueError(
+                f"results: expected one result for each method and stream, got two of {result.method!r} "
+                f"on {result.stream!r}; join their seeds into one result"
+            )
+        methods[result.method] = result
+    planned, tasks = planned or {}, tasks or {}
+    streams = []
+    for stream in dict.fromkeys([*planned, *by_stream]):
+        found = by_stream.get(stream, {})
+        total = tasks.get(stream) or max((result.tasks for result in found.values()), default=None)
+        names = dict.fromkeys([*planned.get(stream, ()), *found])
+        streams.append(
+            {"name": stream, "tasks": total, "methods": [_method(name, found.get(name), total) for name in names]}
+        )
+    return {"schema": SCHEMA, "status": status, "environment": dict(environment), "streams": streams}
+
+
+def write_summary(directory: Path, summary: Mapping[str, Any]) -> Path:
+    """Write ``directory/summary.json``, whole or not at all; return its path.
+
+    Raises:
+        ValueError: if the summary holds a NaN or an infinity.
+    """
+    path = directory / "summary.json"
+    text = json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Versions and machine: python, torch, clagrange, platform, processor, cores, threads, device.
+
+    ``cores`` are those that this process may use, ``threads`` those that torch uses.
+    """
+    where = torch.device(device)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "clagrange": clagrange.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": usable,
+        "threads": torch.get_num_threads(),
+        "device": f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else str(where),
+    }
+
+
+def rows(stream: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of a stream's table, one row for each method, in the order of `COLUMNS`."""
+    return [
+        [
+            method["name"],
+            {True: "yes", False: "no", None: _NOTHING}[method["told_of_switches"]],
+            spread(method["online_accuracy"]),
+            percent(method["first_tenth"]),
+            percent(method["last_tenth"]),
+            spread(method["change"], signed=True),
+            _number(method["seconds"]),
+            _number(method["model_steps_per_second"]),
+            _NOTHING if method["diverged"] is None else str(method["diverged"]),
+        ]
+        for method in stream["methods"]
+    ]
+
+
+def best(stream: Mapping[str, Any]) -> str | None:
+    """Name of the method with the highest mean online accuracy; the first of equals, None without any."""
+    means = {m["name"]: m["online_accuracy"]["mean"] for m in stream["methods"]}
+    finished = {name: mean for name, mean in means.items() if mean is not None}
+    return max(finished, key=finished.__getitem__) if finished else None
+
+
+def table(summary: Mapping[str, Any], console: Console) -> None:
+    """Print one table for each stream, in the order of the study; the best mean is bold and named below.
+
+    A table fits into 100 columns; a narrower terminal gets names and intervals on two lines. Where the output
+    is no terminal it is at least 100 columns wide, whatever the console guesses.
+    """
+    before = console.width
+    if not console.is_terminal:
+        console.width = max(before, _PRINTED_COLUMNS)
+    try:
+        for stream in summary["streams"]:
+            console.print(Text(heading(stream), style="bold"))
+            console.print(_printed(stream, narrow=console.width < _PRINTED_COLUMNS))
+            for note in _notes(stream):
+                console.print(Text(note))
+            console.print()
+    finally:
+        if not console.is_terminal:
+            console.width = before
+
+
+def _printed(stream: Mapping[str, Any], *, narrow: bool) -> Table:
+    """The printed table of a stream."""
+    printed = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for header in _HEADERS:
+        textual = header == "method"
+        printed.add_column(
+            Text(header), justify="left" if textual else "right", no_wrap=narrow or not textual, overflow="fold"
+        )
+    winner = best(stream)
+    for cells in rows(stream):
+        strong = cells[0] == winner
+        shown = cells[: len(_HEADERS)]
+        if narrow:
+            shown = [cell.replace(" [", "\n[") for cell in shown]
+            shown[0] = "\n".join(textwrap.wrap(shown[0].replace("_", "_ "), _NARROW_NAME)).replace("_ ", "_")
+        printed.add_row(
+            *(Text(cell, style="bold" if strong and at in (0, 2) else "") for at, cell in enumerate(shown))
+        )
+    return printed
+
+
+def _notes(stream: Mapping[str, Any]) -> list[str]:
+    """What stands below a printed table."""
+    notes = ["In brackets: 95 % bootstrap interval over seeds. Change: last tenth minus first tenth."]
+    winner = best(stream)
+    if winner is not None:
+        notes.append(f"Highest mean: {winner}.")
+    diverged = [
+        f"{m['name']} ({m['diverged']} of {len(m['seeds'])} seeds)" for m in stream["methods"] if m["diverged"]
+    ]
+    if diverged:
+        notes.append(f"Diverged: {', '.join(diverged)}.")
+    unfinished = [m["name"] for m in stream["methods"] if not m["seeds"]]
+    if unfinished:
+        notes.append(f"Not finished: {', '.join(unfinished)}.")
+    return notes
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The tables in GitHub's Markdown, the best mean bold, for a README."""
+    parts = []
+    for stream in summary["streams"]:
+        winner = best(stream)
+        lines = [
+            "| " + " | ".join(COLUMNS) + " |",
+            "| --- | :-: |" + " --: |" * (len(COLUMNS) - 2),
+        ]
+        for cells in rows(stream):
+            escaped = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+            if cells[0] == winner:
+                escaped[0], escaped[2] = f"**{escaped[0]}**", f"**{escaped[2]}**"
+            lines.append("| " + " | ".join(escaped) + " |")
+        parts.append(f"**{heading(stream)}**\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def heading(stream: Mapping[str, Any]) -> str:
+    """Name, number of tasks and number of seeds of a stream."""
+    counts = {len(method["seeds"]) for method in stream["methods"] if method["seeds"]}
+    seeds = "" if not counts else f", {min(counts)}" if len(counts) == 1 else f", {min(counts)} to {max(counts)}"
+    tasks = "" if stream["tasks"] is None else f": {stream['tasks']} task{'s' * (stream['tasks'] != 1)}"
+    return f"{stream['name']}{tasks}" + (f"{seeds} seed{'s' * (counts != {1})}" if seeds else "")
+
+
+def percent(fraction: float | None, *, signed: bool = False) -> str:
+    """A fraction in per cent with one decimal, or "-" for None.
+
+    Example:
+        >>> percent(0.8341), percent(-0.02, signed=True), percent(None)
+        ('83.4', '-2.0', '-')
+    """
+    if fraction is None:
+        return _NOTHING
+    return format(round(100 * fraction, 1) + 0.0, "+.1f" if signed else ".1f")
+
+
+def spread(of: Mapping[str, float | None], *, signed: bool = False) -> str:
+    """Mean and interval in per cent.
+
+    Example:
+        >>> spread({"mean": 0.834, "low": 0.83, "high": 0.84}), spread({"mean": 0.5, "low": None, "high": None})
+        ('83.4 [83.0, 84.0]', '50.0')
+    """
+    mean = percent(of["mean"], signed=signed)
+    if of["low"] is None or of["high"] is None:
+        return mean
+    return f"{mean} [{percent(of['low'], signed=signed)}, {percent(of['high'], signed=signed)}]"
+
+
+def _method(name: str, result: MethodResult | None, tasks: int | None) -> dict[str, Any]:
+    if result is None or (tasks is not None and result.tasks < tasks):
+        return {
+            "name": name,
+            "told_of_switches": None if result is None else result.told_of_switches,
+            "seeds": [],
+            "online_accuracy": dict(_NO_INTERVAL),
+            "first_tenth": None,
+            "last_tenth": None,
+            "change": dict(_NO_INTERVAL),
+            "model_steps_per_second": None,
+            "seconds": None,
+            "diverged": None,
+        }
+    accuracy = result.metrics["online_accuracy"]
+    first, last = tenths(accuracy)
+    seconds = float(result.seconds) if math.isfinite(result.seconds) else None
+    return {
+        "name": name,
+        "told_of_switches": result.told_of_switches,
+        "seeds": list(result.seeds),
+        "online_accuracy": interval(accuracy.mean(1)).as_dict(),
+        "first_tenth": interval(first).mean,
+        "last_tenth": interval(last).mean,
+        "change": interval(last - first).as_dict(),
+        "model_steps_per_second": result.steps * len(result.seeds) / seconds if seconds else None,
+        "seconds": seconds,
+        "diverged": sum(bool(seed) for seed in result.diverged),
+    }
+
+
+def _number(value: float | None) -> str:
+    """Three digits at least, thousands apart; one decimal below 10."""
+    if value is None:
+        return _NOTHING
+    return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+
+
+def _processor() -> str:
+    """The processor's model name, or what the platform calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line)
+    return next(names, "") or platform.processor() or platform.machine()

@@ -1,0 +1,198 @@
+"""What many tests share: networks, regression data, and the table of optimizers with their bad inputs."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import clagrange
+from clagrange.networks import initialize
+from clagrange.optim import EulerLagrange, StackedAdam, StackedSGD
+
+R = 3
+"""Replicas of the stacked tests."""
+
+
+# ------------------------------------------------------------------------------------------------ networks
+def mlp(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """5-6-4-3 with ReLU."""
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).to(dtype)
+    initialize(net, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        net[0].bias.fill_(0.1)  # alive at the start
+    return net
+
+
+def convnet(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Two convolutions, flatten, two linear layers, for inputs (B, 2, 6, 6)."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12, 5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
+    ).to(dtype)
+    initialize(net, torch.Generator().manual_seed(seed))
+    return net
+
+
+def normed(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """A network with a normalisation layer, whose parameters never become Gaussian."""
+    net = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    initialize(net, torch.Generator().manual_seed(seed))
+    return net
+
+
+def batch(step: int = 0, size: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Inputs (size, 5) and classes of a batch."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    inputs = torch.randn(size, 5, generator=generator, dtype=torch.float64).to(dtype)
+    return inputs, torch.randint(3, (size,), generator=generator)
+
+
+def images(step: int = 0, size: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Inputs (size, 2, 6, 6) and classes of a batch."""
+    generator = torch.Generator().manual_seed(2000 + step)
+    inputs = torch.randn(size, 2, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
+    return inputs, torch.randint(3, (size,), generator=generator)
+
+
+def backward(net: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Zero the gradients, then gradients of the mean cross-entropy (summed over replicas)."""
+    optimizer.zero_grad()
+    loss = clagrange.networks.cross_entropy(net(inputs), targets)
+    loss.backward()
+    return loss.detach()
+
+
+def train(net: nn.Module, optimizer: Optimizer, steps: range, size: int = 8) -> None:
+    """Ordinary training steps on the batches of these numbers."""
+    for step in steps:
+        backward(net, optimizer, *batch(step, size, next(net.parameters()).dtype))
+        optimizer.step()
+
+
+def assert_same_tensors(actual: Any, expected: Any, **tolerance: float) -> None:
+    """Two state dicts (nested, or of tensors) agree."""
+    torch.testing.assert_close(actual, expected, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+# ---------------------------------------------------------------------------------------------- optimizers
+@dataclass(frozen=True)
+class OptimizerCase:
+    """An optimizer with settings under which a small problem converges, and what it must refuse."""
+
+    name: str
+    form: type[Optimizer]
+    settings: dict[str, Any]
+    stacked_settings: dict[str, Any]
+    """The same settings as tensors of shape (R,)."""
+    bad: list[tuple[dict[str, Any], type[Exception], str]]
+    """Arguments, exception and what its message says."""
+    gaussian: bool = False
+    torch_form: Callable[..., Optimizer] | None = None
+    options: list[dict[str, Any]] = field(default_factory=list)
+    """Further settings, each to be run through the whole battery."""
+
+    def network(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+        """A network of the kind that the optimizer wants."""
+        net = mlp(seed, dtype)
+        return clagrange.gaussianize(net) if self.gaussian else net
+
+    def make(self, net: nn.Module | Any, **settings: Any) -> Optimizer:
+        """The optimizer, its settings replaced where given."""
+        params = net.parameters() if isinstance(net, nn.Module) else net
+        return self.form(params, **{**self.settings, **settings})
+
+
+def tensor(*numbers: float) -> Tensor:
+    """A hyper-parameter with one number for each replica."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+EULER_LAGRANGE = OptimizerCase(
+    "EulerLagrange",
+    EulerLagrange,
+    settings={"lr": 0.02, "temperature": 1e-3},
+    stacked_settings={
+        "lr": tensor(0.02, 0.005, 0.01),
+        "temperature": tensor(1e-3, 1e-2, 3e-3),
+        "trust_region": tensor(1.0, 0.5, math.inf),
+        "curvature_decay": tensor(0.9, 0.99, 0.0),
+        "discount": tensor(0.3, math.inf, 20.0),
+        "deterministic_lr": tensor(1e-3, 0.0, 1e-2),
+    },
+    bad=[
+        ({"lr": -1.0}, ValueError, r"lr: expected a number in \(0, inf\), got -1"),
+        ({"lr": "fast"}, TypeError, r"lr: expected a number .* got 'fast'"),
+        ({"lr": True}, TypeError, r"lr: expected a number"),
+        ({"lr": torch.ones(2, 2)}, ValueError, r"lr: .*shape \(2, 2\)"),
+        ({"lr": torch.tensor([0.1, -0.1])}, ValueError, r"lr: .*got -0\.1"),
+        ({"temperature": -1e-3}, ValueError, r"temperature: .*got -0\.001; about 1 / \(examples per task\)"),
+        ({"temperature": 0.0}, ValueError, r"temperature: "),
+        ({"temperature": math.nan}, ValueError, r"temperature: .*got nan"),
+        ({"temperature": math.inf}, ValueError, r"temperature: .*got inf"),
+        ({"discount": 0.0}, ValueError, r"discount: "),
+        ({"variance_rate": 0.0}, ValueError, r"variance_rate: expected a number in \(0, 1\], got 0"),
+        ({"variance_rate": 1.5}, ValueError, r"variance_rate: "),
+        ({"curvature_decay": 1.0}, ValueError, r"curvature_decay: expected a number in \[0, 1\), got 1"),
+        ({"trust_region": 0.0}, ValueError, r"trust_region: "),
+        ({"deterministic_lr": -0.1}, ValueError, r"deterministic_lr: "),
+        ({"loss_reduction": "avg"}, ValueError, r"loss_reduction: expected one of mean, sum, position_mean"),
+        ({"loss_reduction": "means"}, ValueError, r"did you mean 'mean'"),
+    ],
+    gaussian=True,
+    options=[
+        {"foreach": False},
+        {"discount": 0.2, "variance_rate": 0.05, "trust_region": 0.5},
+        {"trust_region": math.inf, "curvature_decay": 0.9},
+    ],
+)
+
+STACKED_SGD = OptimizerCase(
+    "StackedSGD",
+    StackedSGD,
+    settings={"lr": 0.1},
+    stacked_settings={
+        "lr": tensor(0.1, 0.03, 0.0),
+        "momentum": tensor(0.9, 0.0, 0.5),
+        "weight_decay": tensor(0.0, 1e-2, 1e-3),
+    },
+    bad=[
+        ({"lr": -1.0}, ValueError, r"lr: expected a number in \[0, inf\), got -1"),
+        ({"momentum": 1.1}, ValueError, r"momentum: "),
+        ({"weight_decay": -1e-3}, ValueError, r"weight_decay: "),
+        ({"lr": None}, TypeError, r"lr: expected a number .* got None"),
+    ],
+    torch_form=torch.optim.SGD,
+    options=[{"momentum": 0.8, "weight_decay": 1e-4}],
+)
+
+STACKED_ADAM = OptimizerCase(
+    "StackedAdam",
+    StackedAdam,
+    settings={"lr": 0.03},
+    stacked_settings={
+        "lr": tensor(1e-2, 1e-3, 3e-2),
+        "betas": (tensor(0.9, 0.0, 0.5), tensor(0.999, 0.9, 0.99)),
+        "eps": tensor(1e-8, 1e-4, 1e-2),
+        "weight_decay": tensor(0.0, 1e-2, 1e-3),
+    },
+    bad=[
+        ({"lr": -1.0}, ValueError, r"lr: expected a number in \[0, inf\), got -1"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]: expected a number in \[0, 1\), got 1"),
+        ({"eps": -1e-8}, ValueError, r"eps: "),
+        ({"weight_decay": math.nan}, ValueError, r"weight_decay: .*got nan"),
+    ],
+    torch_form=torch.optim.Adam,
+    options=[{"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 1e-4}],
+)
+
+OPTIMIZERS = [EULER_LAGRANGE, STACKED_SGD, STACKED_ADAM]
