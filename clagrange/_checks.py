@@ -60,6 +60,18 @@ def check_nonnegative(name: str, value: object, *, hint: str = "") -> None:
     check_number(name, value, low=0.0, high=math.inf, open_high=True, hint=hint)
 
 
+def check_replicas(name: str, value: object, replicas: int | None) -> None:
+    """Raise if ``value`` is a (R,) tensor for a network of another number of replicas, or a single one (None).
+
+    Shapes alone do not tell: R numbers also broadcast along the R units of a single layer.
+    """
+    if isinstance(value, Tensor) and value.dim() == 1 and len(value) != replicas:
+        raise ValueError(
+            f"{name}: expected a number{'' if replicas is None else f' or one for each of {replicas} replicas'}, "
+            f"got {len(value)} numbers; stack the networks with clagrange.replicas.stack"
+        )
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise unless ``value`` is one of ``choices``; a near miss is named."""
     known = list(choices)

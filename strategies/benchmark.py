@@ -84,9 +84,9 @@ class _TaskExperience(DatasetExperience):  # type: ignore[misc]
         return self._origin_stream.dataset(self._number)
 
     @property
-    def classes_in_this_experience(self) -> set[int]:
-        """The labels that occur."""
-        return set(self.dataset.targets.uniques)
+    def classes_in_this_experience(self) -> list[int]:
+        """The labels that occur; a list, because Avalanche's heads index with it."""
+        return sorted(self.dataset.targets.uniques)
 
 
 class _Examples(Dataset[tuple[Tensor, int]]):

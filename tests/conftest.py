@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import clagrange  # noqa: F401 - comes before whatever imports torchvision
+
 torch.set_num_threads(1)
 
 

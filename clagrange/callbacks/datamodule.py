@@ -42,7 +42,8 @@ class StreamDataModule(pl.LightningDataModule):
         ValueError: for an unknown mode; in training, if batches cannot be shared out evenly.
 
     Example:
-        >>> data = StreamDataModule(clagrange.tasks.PermutedDigits(tasks=3))
+        >>> from clagrange.tasks import PermutedDigits
+        >>> data = StreamDataModule(PermutedDigits(tasks=3))
         >>> inputs, targets = next(iter(data.train_dataloader()))
         >>> inputs.shape
         torch.Size([4, 64])

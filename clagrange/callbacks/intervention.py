@@ -44,7 +44,8 @@ class InterventionCallback(TaskCallback):
         ValueError: at the start of training, if the network cannot be told or there is not one optimizer.
 
     Example:
-        >>> callback = InterventionCallback(clagrange.interventions.ShrinkAndPerturb())
+        >>> from clagrange.interventions import ShrinkAndPerturb
+        >>> callback = InterventionCallback(ShrinkAndPerturb())
         >>> trainer = pl.Trainer(callbacks=[callback])
     """
 

@@ -31,9 +31,9 @@ class PlasticityMonitor(TaskCallback):
     - ``mean_variance``: mean variance of Gaussian weights, in units of the prior's;
     - ``task``: the number of the task, where there is one.
 
-    They are logged every so many optimizer steps, at the end of every task and at the end of training, under
-    Lightning's own step, and are in ``trainer.callback_metrics``. A network that is a stack of replicas is
-    averaged over them. Training is left as it is: weights are the same with and without the monitor.
+    They are logged every so many optimizer steps and at the end of training, the accuracy also at the end of
+    every task, under Lightning's own step, and are in ``trainer.callback_metrics``. A network that is a stack
+    of replicas is averaged over them. Training is left as it is: weights are the same with and without it.
 
     Args:
         every_n_steps: optimizer steps from one measurement to the next.
@@ -101,8 +101,8 @@ class PlasticityMonitor(TaskCallback):
         self._inputs = self._output = None
 
     def task_switched(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the end of the old task and begin to count anew."""
-        self._log(trainer, pl_module)
+        """Log the accuracy over the old task and begin to count anew."""
+        self._log(trainer, {"online_accuracy": float(self._correct / self._seen)} if self._seen else {})
         self._correct = self._seen = 0
         self._probes.clear()
 
@@ -113,8 +113,8 @@ class PlasticityMonitor(TaskCallback):
         """Count the batch, and measure where it is time."""
         if self._inputs is None or self._output is None:
             raise ValueError(
-                f"network: expected training_step to call the network {type(self.network_of(pl_module)).__name__} "
-                f"in training mode, it did not; name the one that it calls, network='...'"
+                f"network: expected training_step to call the {type(self.network_of(pl_module)).__name__} in "
+                f"training mode, it did not; name the one that it calls, network='...'"
             )
         targets = self.targets_of(batch)
         if self._output.shape[:-1] != targets.shape or targets.is_floating_point():
@@ -130,11 +130,11 @@ class PlasticityMonitor(TaskCallback):
         if trainer.global_step != self._steps:
             self._steps = trainer.global_step
             if self._steps % self.every_n_steps == 0:
-                self._log(trainer, pl_module)
+                self._log(trainer, self.measure(self.network_of(pl_module)))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the last state."""
-        self._log(trainer, pl_module)
+        self._log(trainer, self.measure(self.network_of(pl_module)))
         self._detach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -187,15 +187,15 @@ class PlasticityMonitor(TaskCallback):
                 self._probes.appendleft(oldest.narrow(batch_dim, surplus, size - surplus).clone())
             surplus -= size
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = max(trainer.global_step - 1, 0)  # the step under which Lightning logs this batch
+    def _log(self, trainer: pl.Trainer, measures: dict[str, float]) -> None:
+        step = max(trainer.global_step - 1, 0)  # the step under which Lightning logs the last batch
         if self._logged == step or not self._seen:
             return
         self._logged = step
-        metrics = {self.prefix + key: value for key, value in self.measure(self.network_of(pl_module)).items()}
+        metrics = {self.prefix + name: value for name, value in measures.items()}
         if isinstance(self.task, int):
             metrics[f"{self.prefix}task"] = float(self.task)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
 

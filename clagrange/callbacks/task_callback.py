@@ -51,8 +51,8 @@ class TaskCallback(pl.Callback):
                 return task
             if self.switch_on == "batch":
                 raise ValueError(
-                    f"switch_on: expected batches (inputs, targets, task) or with an entry 'task', got "
-                    f"{type(batch).__name__} without one; use another of {', '.join(SOURCES)}, or override task_of"
+                    f"switch_on: expected batches (inputs, targets, task) or with an entry 'task', got a "
+                    f"{type(batch).__name__} without; use another of {', '.join(SOURCES)}, or override task_of"
                 )
         if self.switch_on in ("auto", "datamodule"):
             datamodule = getattr(trainer, "datamodule", None)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from clagrange._checks import Number, check_choice, check_fraction, check_positive, did_you_mean
+from clagrange._checks import Number, check_choice, check_fraction, check_positive, check_replicas, did_you_mean
 from clagrange.gaussian.layers import GaussianConv2d, GaussianLayer, GaussianLinear, owner_of
 from clagrange.gaussian.precision import PRECISIONS, Precision
 from clagrange.replicas import Generators, StackedConv2d, StackedLinear
@@ -113,20 +113,12 @@ def _settings_by_layer(
             check_choice("precision", settings["precision"], PRECISIONS)
             check_choice("prior_mean", settings["prior_mean"], ("zero", "initial"))
             check_positive("prior_variance", settings["prior_variance"])
-            _check_replicas(layer, settings["prior_variance"])
+            stacked = isinstance(layer, (StackedLinear, StackedConv2d))
+            check_replicas(
+                "prior_variance", settings["prior_variance"], layer.weight.shape[0] if stacked else None
+            )
             plan[name] = (layer, settings)
     return plan
-
-
-def _check_replicas(layer: nn.Module, prior_variance: Number) -> None:
-    if not isinstance(prior_variance, Tensor) or prior_variance.dim() == 0:
-        return
-    replicas = layer.weight.shape[0] if isinstance(layer, (StackedLinear, StackedConv2d)) else None
-    if replicas != len(prior_variance):
-        raise ValueError(
-            f"prior_variance: expected a number{f' or one for each of {replicas} replicas' if replicas else ''}, "
-            f"got {len(prior_variance)} numbers; stack the networks with clagrange.replicas.stack"
-        )
 
 
 def _refuse_shared_weights(plan: dict[str, tuple[nn.Module, dict[str, Any]]]) -> None:
@@ -175,16 +167,19 @@ def gaussian_parameters(
     Raises:
         ValueError: if there is none, or a pattern in ``layers`` fits no Gaussian layer.
     """
-    chosen = list(gaussian_layers(module, layers))
-    if not chosen:
-        known = [name for name, _ in gaussian_layers(module)]
-        if known:
-            raise ValueError(f"layers: expected names or patterns of {', '.join(known)}; got {layers!r}")
+    known = [name for name, _ in gaussian_layers(module)]
+    if not known:
         raise ValueError(
             f"module: expected a network with Gaussian layers, got {type(module).__name__} without one; "
             f"call clagrange.gaussianize(module) first"
         )
-    for name, layer in chosen:
+    for pattern in layers or ():
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ValueError(
+                f"layers: expected names or patterns of Gaussian layers ({', '.join(known)}); got {pattern!r}, "
+                f"which fits none{did_you_mean(pattern, known)}"
+            )
+    for name, layer in gaussian_layers(module, layers):
         for mean_name, mean in layer.means():
             yield f"{name}.{mean_name}" if name else mean_name, mean, layer.precision_of(mean_name)
 

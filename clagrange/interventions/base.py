@@ -1,5 +1,6 @@
 """The abstract intervention: a change of a network outside the gradient step."""
 
+import copy
 from abc import ABC
 from collections.abc import Sequence
 from typing import Any
@@ -72,11 +73,12 @@ class Intervention(ABC):  # noqa: B024 - every moment is optional
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the intervention has gathered, and its random streams."""
-        return {"state": self.state, "generators": [stream.get_state() for stream in self._streams()]}
+        states = [stream.get_state() for stream in self._streams()] or list(self._generator_states or [])
+        return {"state": self.state, "generators": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.state = state["state"]
+        self.state = copy.deepcopy(state["state"])
         self._generator_states = list(state["generators"]) or None
         if self._generator_states is not None and self.generators is not None:
             for generator, stored in zip(self._streams(), self._generator_states, strict=True):

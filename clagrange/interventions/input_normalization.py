@@ -16,7 +16,7 @@ class InputNormalization(Intervention):
 
     The control that any claim about plasticity has to beat. Statistics of all inputs that the network saw in
     training mode, each example with the same weight, are updated with a batch before it is normalised; labels
-    play no part. In evaluation mode they stay.
+    play no part. In evaluation mode they stay; before there are any, inputs pass unchanged.
 
     Args:
         eps: ε, in squared units of the inputs.
@@ -39,6 +39,8 @@ class InputNormalization(Intervention):
 
     @torch.no_grad()
     def _normalised(self, inputs: Tensor, batch_dim: int, update: bool) -> Tensor:
+        if not self.state and not update:
+            return inputs
         if not self.state:
             zeros = torch.zeros_like(inputs.select(batch_dim, 0))
             self.state = {"count": 0, "mean": zeros, "variance": zeros.clone()}
@@ -51,5 +53,6 @@ class InputNormalization(Intervention):
             variance = torch.lerp(variance, batch_variance, weight) + weight * (1.0 - weight) * shift.square()
             mean = mean + weight * shift
             self.state = {"count": self.state["count"] + size, "mean": mean, "variance": variance}
-        scale: Tensor = (variance + self.eps).rsqrt()
-        return (inputs - mean.unsqueeze(batch_dim)) * scale.unsqueeze(batch_dim)
+        scale = (variance + self.eps).rsqrt()
+        normalised: Tensor = (inputs - mean.unsqueeze(batch_dim)) * scale.unsqueeze(batch_dim)
+        return normalised

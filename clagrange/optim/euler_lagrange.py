@@ -14,11 +14,12 @@ from clagrange._checks import (
     check_fraction,
     check_number,
     check_positive,
+    check_replicas,
 )
 from clagrange.distributed import process_count
 from clagrange.dynamics import relaxation_fraction
 from clagrange.gaussian import DiagonalPrecision, GaussianLayer, Precision, owner_of
-from clagrange.optim.stacked import adam_step
+from clagrange.optim.stacked import adam_step, restore_state
 
 _NO_GAUSSIAN = (
     "params: expected at least one Gaussian parameter, got none; call clagrange.gaussianize(net) first, and "
@@ -121,6 +122,11 @@ class EulerLagrange(Optimizer):
             self.param_groups.pop()
             raise
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        restore_state(self, state_dict)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, giving settings that an older version did not have their default."""
         super().__setstate__(state)
@@ -163,7 +169,7 @@ class EulerLagrange(Optimizer):
                 used[id(layer)] = layer
                 examples = _examples(layer, name, group["loss_reduction"])
                 if group["loss_reduction"] == "sum":
-                    gradient = gradient / examples
+                    gradient = gradient * (process_count() / examples)
                 blocks.append((parameter, gradient, layer.precision_of(name), examples))
             if blocks:
                 _step_blocks(blocks, group)
@@ -184,6 +190,12 @@ def _check_settings(group: dict[str, Any]) -> None:
     check_number("trust_region", group["trust_region"], low=0.0, open_low=True)
     check_fraction("deterministic_lr", group["deterministic_lr"])
     check_choice("loss_reduction", group["loss_reduction"], ("mean", "sum", "position_mean"))
+    for parameter in group["params"]:
+        owner = owner_of(parameter)
+        if owner is not None:
+            replicas = parameter.shape[0] if owner[0].stacked else None
+            for name, value in group.items():
+                check_replicas(name, value, replicas)
 
 
 def _examples(layer: GaussianLayer, name: str, loss_reduction: str) -> int:
@@ -191,8 +203,9 @@ def _examples(layer: GaussianLayer, name: str, loss_reduction: str) -> int:
     examples = layer.positions if loss_reduction == "position_mean" else layer.examples
     if examples == 0:
         raise RuntimeError(
-            f"parameter {name!r} of {layer} has a gradient, but the layer saw no example since the last step; "
-            f"run forward and backward through the layer, or set layer.examples"
+            f"parameter {name!r} of a {type(layer).__name__} of shape {tuple(layer.get_parameter(name).shape)} has a "
+            f"gradient, but the layer saw no example since the last step; run forward and backward through the "
+            f"layer, or set layer.examples"
         )
     return examples * process_count()
 

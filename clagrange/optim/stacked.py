@@ -42,6 +42,7 @@ def adam_update(
         eps: ε.
     """
     lr, beta1, beta2, eps = (per_replica(value, parameter) for value in (lr, *betas, eps))
+    gradient = gradient.to(gradient_mean.dtype)
     gradient_mean.lerp_(gradient, 1.0 - beta1)
     gradient_square.lerp_(gradient.square(), 1.0 - beta2)
     count = float(step)
@@ -51,6 +52,15 @@ def adam_update(
 
 class _StackedOptimizer(Optimizer, ABC):
     """The loop that both stacked optimizers share."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with its settings checked."""
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -65,6 +75,15 @@ class _StackedOptimizer(Optimizer, ABC):
                     gradient = parameter.grad + per_replica(group["weight_decay"], parameter) * parameter
                     self._update(parameter, gradient, self.state[parameter], group)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        restore_state(self, state_dict)
+
+    @abstractmethod
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise if a setting of a group is out of range."""
 
     @abstractmethod
     def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -91,10 +110,12 @@ class StackedSGD(_StackedOptimizer):
     """
 
     def __init__(self, params: Any, lr: Number = 1e-3, momentum: Number = 0.0, weight_decay: Number = 0.0):
-        check_nonnegative("lr", lr)
-        check_fraction("momentum", momentum)
-        check_nonnegative("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        check_nonnegative("lr", group["lr"])
+        check_fraction("momentum", group["momentum"])
+        check_nonnegative("weight_decay", group["weight_decay"])
 
     def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         momentum = group["momentum"]
@@ -133,12 +154,14 @@ class StackedAdam(_StackedOptimizer):
         eps: Number = 1e-8,
         weight_decay: Number = 0.0,
     ) -> None:
-        check_nonnegative("lr", lr)
-        for index, beta in enumerate(betas):
-            check_number(f"betas[{index}]", beta, low=0.0, high=1.0, open_high=True)
-        check_nonnegative("eps", eps)
-        check_nonnegative("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        check_nonnegative("lr", group["lr"])
+        for index, beta in enumerate(group["betas"]):
+            check_number(f"betas[{index}]", beta, low=0.0, high=1.0, open_high=True)
+        check_nonnegative("eps", group["eps"])
+        check_nonnegative("weight_decay", group["weight_decay"])
 
     def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         adam_step(parameter, gradient, state, lr=group["lr"], betas=group["betas"], eps=group["eps"])
@@ -147,11 +170,16 @@ class StackedAdam(_StackedOptimizer):
 def adam_step(
     parameter: Tensor, gradient: Tensor, state: dict[str, Any], *, lr: Number, betas: Any, eps: Number
 ) -> None:
-    """`adam_update` with its averages kept, and made at the first call, in an optimizer's state."""
+    """`adam_update` with its averages kept, and made at the first call, in an optimizer's state.
+
+    They have at least float32; `restore_state` keeps it so when a checkpoint is loaded.
+    """
     if "step" not in state:
         state["step"] = torch.zeros(())
-        state["gradient_mean"] = torch.zeros_like(parameter)
-        state["gradient_square"] = torch.zeros_like(parameter)
+        # in half precision squares of gradients would be 0, and so would ε
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        state["gradient_mean"] = torch.zeros_like(parameter, dtype=dtype)
+        state["gradient_square"] = torch.zeros_like(parameter, dtype=dtype)
     state["step"] += 1
     adam_update(
         parameter,
@@ -163,3 +191,18 @@ def adam_step(
         betas=betas,
         eps=eps,
     )
+
+
+def restore_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Put the tensors of a checkpoint into an optimizer as they are.
+
+    `Optimizer.load_state_dict` casts them to the type of the parameter, which loses digits in half precision,
+    and shares their memory.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for name, value in state_dict["state"].get(number, {}).items():
+            if isinstance(value, Tensor):
+                device = parameter.device if value.dim() else value.device  # the step counter stays where it is
+                optimizer.state[parameter][name] = value.to(device, copy=True)

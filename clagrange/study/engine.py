@@ -153,7 +153,7 @@ class Run:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: if it is damaged, or belongs to other settings.
+            DamagedFile: if it is damaged, or belongs to other settings.
         """
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)

@@ -28,14 +28,14 @@ def write_events(directory: Path, results: Sequence[MethodResult]) -> None:
         new.mkdir()
         for result in results:
             run = new / _folder_name(result.stream) / _folder_name(result.method)
-            writer = SummaryWriter(str(run), max_queue=10_000)  # type: ignore[no-untyped-call]
+            writer = SummaryWriter(str(run), max_queue=10_000)
             try:
                 for tag, values in _curves(result).items():
                     for task, value in enumerate(values):
                         if math.isfinite(value):
-                            writer.add_scalar(tag, value, task)  # type: ignore[no-untyped-call]
+                            writer.add_scalar(tag, value, task)
             finally:
-                writer.close()  # type: ignore[no-untyped-call]
+                writer.close()
         if directory.exists():
             directory.rename(beside / "old")
         new.rename(directory)

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+class DamagedFile(ValueError):  # noqa: N818 - says what it is
+    """A stored file cannot be read, or belongs to something else; the message names it and the remedy."""
+
+
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A path beside ``target`` to write to; renamed to ``target`` on success, removed on failure.

@@ -25,7 +25,7 @@ SCHEMA = 1
 
 COLUMNS = {
     "method": "name of the method in the configuration",
-    "told of switches": "whether the method uses the announcement that a new task begins; the others never learn it",
+    "told of switches": "whether the method uses the announcement that a new task begins; others never hear it",
     "online accuracy %": (
         "accuracy on each batch before learning from it, mean over all tasks and seeds, in per cent; "
         "in brackets the 95 % bootstrap interval over seeds"
@@ -88,7 +88,9 @@ def summarize(
         ValueError: if a method has two results on a stream.
 
     Example:
-        >>> summarize([], status="interrupted", environment={}, planned={"digits": ["sgd"]})["streams"][0]["tasks"]
+        >>> summary = summarize([], status="interrupted", environment={}, planned={"digits": ["sgd"]})
+        >>> summary["streams"][0]["methods"][0]["online_accuracy"]
+        {'mean': None, 'low': None, 'high': None}
     """
     by_stream: dict[str, dict[str, MethodResult]] = {}
     for result in results:

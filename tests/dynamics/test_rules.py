@@ -152,7 +152,9 @@ class TestMeanDisplacement:
         discount, eta = 1e-9, 1e-6  # η' = lr·γ/T
         stiffness = self.curvature + 0.2
         expected = -torch.sqrt(eta / self.precision / stiffness) * (self.gradient + 0.2 * self.offset)
-        torch.testing.assert_close(self.step(eta * 0.05 / discount, discount=discount), expected, rtol=2e-3, atol=0)
+        torch.testing.assert_close(
+            self.step(eta * 0.05 / discount, discount=discount), expected, rtol=2e-3, atol=0
+        )
 
     def test_trust_region_in_posterior_deviations(self) -> None:
         free, bounded = self.step(1e9), self.step(1e9, trust_region=0.3)

@@ -119,7 +119,10 @@ def test_stacked_network_with_a_prior_variance_for_each_replica() -> None:
         ({"prior_variance": -1.0}, r"prior_variance: expected a number in \(0, inf\), got -1"),
         ({"prior_variance": 0.0}, r"prior_variance: "),
         ({"layers": {"fc.haed": {}}}, r"layers: .*fc\.haed.*did you mean 'fc\.head'\?"),
-        ({"layers": {"fc.*": {"prior_varience": 1.0}}}, r"layers\['fc\.\*'\]: .* did you mean 'prior_variance'\?"),
+        (
+            {"layers": {"fc.*": {"prior_varience": 1.0}}},
+            r"layers\['fc\.\*'\]: .* did you mean 'prior_variance'\?",
+        ),
         ({"layers": {"fc.head": {"prior_variance": -2.0}}}, r"prior_variance: .*got -2"),
     ],
 )

@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-from torch import nn
-
-import clagrange as cl
 from avalanche.benchmarks import CLScenario
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.logging import BaseLogger
 from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin
+from torch import nn
+
+import clagrange as cl
 
 
 def small_stream(tasks: int = 3) -> cl.tasks.PermutedDigits:

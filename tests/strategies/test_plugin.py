@@ -1,20 +1,21 @@
 """The Avalanche plugin: moments in order and number, hooks, state."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from avalanche.benchmarks import split_online_stream
 from avalanche_runs import evaluator, naive, small_benchmark, small_stream
 from torch import nn
 
 import clagrange as cl
-from avalanche.benchmarks import split_online_stream
 from clagrange.interventions import InputNormalization, Intervention, ShrinkAndPerturb
 from clagrange.strategies import InterventionPlugin
 
 
 class Recorder(Intervention):
-    """Notes every moment, with whether gradients are there and how many steps the optimizer took."""
+    """Notes every moment, and checks that gradients are there before a step and weights differ after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,15 +126,39 @@ def test_detached_interventions_no_longer_change_the_network() -> None:
     torch.testing.assert_close(net(inputs), normalised)
 
 
-def test_a_loaded_state_continues_the_count_and_the_random_stream(tmp_path: Any) -> None:
+def test_a_loaded_plugin_goes_on_counting(tmp_path: Any) -> None:
     scenario = small_benchmark()
-    strategy, recorder, plugin = recording()
+    strategy, _, plugin = recording()
     strategy.train(scenario.train_stream[0])
     torch.save(plugin.state_dict(), tmp_path / "plugin.pt")
     again, continued, restored = recording()
     restored.load_state_dict(torch.load(tmp_path / "plugin.pt", weights_only=True))
     again.train(scenario.train_stream[1])
     assert continued.moments == ["start", "switch", *STEPS]
+
+
+def test_a_loaded_plugin_can_be_saved_again_before_it_trains() -> None:
+    scenario = small_benchmark()
+    plugin = InterventionPlugin(ShrinkAndPerturb(noise=1e-2), InputNormalization())
+    naive(cl.networks.mlp(64, [16], 10), plugins=[plugin]).train(scenario.train_stream[0])
+    stored = copy.deepcopy(plugin.state_dict())
+    copied = InterventionPlugin(ShrinkAndPerturb(noise=1e-2), InputNormalization())
+    copied.load_state_dict(plugin.state_dict())
+    naive(cl.networks.mlp(64, [16], 10), plugins=[plugin]).train(scenario.train_stream[1])  # no longer theirs
+    for before, after in zip(stored["interventions"], copied.state_dict()["interventions"], strict=True):
+        assert before["state"].keys() == after["state"].keys()
+        for name, value in before["state"].items():
+            assert torch.equal(torch.as_tensor(after["state"][name]), torch.as_tensor(value))
+        assert all(map(torch.equal, before["generators"], after["generators"]))
+    assert len(stored["interventions"][0]["generators"]) == 1
+
+
+def test_inputs_pass_unchanged_until_there_are_statistics() -> None:
+    net = cl.networks.mlp(64, [16], 10)
+    scenario = small_benchmark(tasks=1)
+    bare = naive(net, evaluator=evaluator()).eval(scenario.test_stream)
+    hooked = naive(net, plugins=[InterventionPlugin(InputNormalization())], evaluator=evaluator())
+    assert hooked.eval(scenario.test_stream) == bare
 
 
 def test_the_state_of_other_interventions_is_refused() -> None:

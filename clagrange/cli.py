@@ -1,0 +1,229 @@
+"""The command line: compare, report, tune, list."""
+
+import contextlib
+import importlib.metadata
+import inspect
+import json
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it."""
+
+
+class _Parser(ArgumentParser):  # type: ignore[misc]
+    """A parser that raises on bad arguments, so that one line can say what is wrong."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"exit_on_error": False, **settings})
+
+
+def _parser() -> ArgumentParser:
+    parser = _Parser(prog="clagrange", description="Continual learning with Gaussian weights.")
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("clagrange"))
+    commands = parser.add_subcommands(dest="command")
+
+    compare = _Parser(description="Run methods × seeds over streams; table, plots, report and summary.json.")
+    compare.add_argument("config", type=str, help="a study file, or the name of one in the package: demo")
+    compare.add_argument(
+        "overrides",
+        type=str,
+        nargs="*",
+        help="key=value, as in tasks=10 or sgd.lr=0.1: the end of a setting's path",
+    )
+    compare.add_argument("--out", type=str, default=None, help="folder for the results; default runs/CONFIG")
+    compare.add_argument("--methods", type=str, default=None, help="names to keep, separated by commas")
+    compare.add_argument("--streams", type=str, default=None, help="names to keep, separated by commas")
+    compare.add_argument("--workers", type=int, default=None, help="processes; default one for each core")
+    compare.add_argument("--resume", action="store_true", help="go on with the study in the folder")
+    compare.add_argument("--overwrite", action="store_true", help="replace the study in the folder")
+    commands.add_subcommand("compare", compare, help="run a study")
+
+    report = _Parser(description="Write table, plots and report again from stored results.")
+    report.add_argument("folder", type=str, help="the folder of a study")
+    report.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    commands.add_subcommand("report", report, help="the report of a study again")
+
+    tune = _Parser(description="Random search with the same number of trials for every method.")
+    tune.add_argument("config", type=str, help="a search file, or the name of one in the package: demo_search")
+    tune.add_argument("--out", type=str, required=True, help="JSON file for all trials; goes on where it stopped")
+    tune.add_argument("--study", type=str, default=None, help="also write a study file with the winners")
+    tune.add_argument("--seeds", type=int, default=5, help="number of seeds of that study")
+    commands.add_subcommand("tune", tune, help="search for good settings")
+
+    listing = _Parser(description="What study files can name.")
+    listing.add_argument("what", type=str, help="methods, streams or metrics")
+    listing.add_argument("--json", action="store_true", help="for programs")
+    commands.add_subcommand("list", listing, help="methods, streams or metrics")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; bad input gives one line on standard error and exit code 2."""
+    parser = _parser()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments:
+        parser.print_help()
+        return 2
+    try:
+        chosen = parser.parse_args(arguments)
+    except ArgumentError as error:
+        return _fail(f"{' '.join(str(error).split())}; see clagrange --help")
+    command: dict[str, Callable[[Namespace, Console], int]] = {
+        "compare": _compare,
+        "report": _report,
+        "tune": _tune,
+        "list": _list,
+    }
+    from clagrange.study.files import DamagedFile
+    from clagrange.study.settings import SettingsError
+
+    try:
+        return command[chosen.command](chosen[chosen.command], Console())
+    except (SettingsError, DamagedFile) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"clagrange: {message}", file=sys.stderr)
+    return code
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _compare(chosen: Namespace, console: Console) -> int:
+    from clagrange.study.output import write_output
+    from clagrange.study.runner import Folder, Interrupted, run_study
+    from clagrange.study.settings import SettingsError, load_study
+
+    if chosen.workers is not None and chosen.workers < 1:
+        raise SettingsError(f"workers: expected a whole number of at least 1, got {chosen.workers}")
+    if chosen.resume and chosen.overwrite:
+        raise SettingsError("resume: expected without --overwrite, got both; choose one")
+    study = load_study(
+        chosen.config, chosen.overrides, methods=_names(chosen.methods), streams=_names(chosen.streams)
+    )
+    folder = Folder(Path(chosen.out or Path("runs") / Path(chosen.config).stem))
+    folder.prepare(study, resume=chosen.resume, overwrite=chosen.overwrite)
+    console.print(
+        f"{len(study.runs())} runs of {len(study.seeds)} seeds each into {folder.path}", highlight=False
+    )
+    try:
+        with _progress_bar(console) as show:
+            results = run_study(study, folder, workers=chosen.workers, show=show)
+    except Interrupted as stop:
+        write_output(study, folder, status="interrupted")
+        return _fail(f"interrupted; {stop} and kept in {folder.path}; go on with --resume", INTERRUPTED)
+    except RuntimeError as error:
+        return _fail(str(error), 1)
+    write_output(study, folder, status="complete", results=results, console=console)
+    return 0
+
+
+@contextlib.contextmanager
+def _progress_bar(console: Console) -> Iterator[Callable[[Any], None]]:
+    """A bar over all optimizer steps; where there is no terminal, a line for each finished run."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    finished: set[tuple[str, str]] = set()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(progress: Any) -> None:
+            running = ", ".join(method for _, method in progress.running) or "starting"
+            total = sum(progress.planned.values())
+            bar.update(task, description=running, total=total, completed=sum(progress.done.values()))
+            for job, steps in progress.done.items():
+                if job not in finished and steps >= progress.planned[job]:
+                    finished.add(job)
+                    line = f"[{len(finished)}/{len(progress.planned)}] {job[0]}: {job[1]}"
+                    console.print(line, markup=False, highlight=False)
+
+        yield show
+
+
+def _report(chosen: Namespace, console: Console) -> int:
+    from clagrange.study.output import write_output
+    from clagrange.study.runner import Folder
+    from clagrange.study.settings import SettingsError, load_study
+
+    folder = Folder(Path(chosen.folder))
+    if not folder.config.is_file():
+        raise SettingsError(f"folder: expected the folder of a study (with config.yaml), got {chosen.folder!r}")
+    study = load_study(folder.config)
+    write_output(study, folder, console=console, markdown=chosen.markdown)
+    return 0
+
+
+def _tune(chosen: Namespace, console: Console) -> int:
+    import torch
+
+    from clagrange.study.files import replacing
+    from clagrange.study.search import load_search, run_search, study_of_winners
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    report = run_search(load_search(chosen.config), Path(chosen.out), console.print)
+    if chosen.study is not None:
+        with replacing(Path(chosen.study)) as partial:
+            partial.write_text(study_of_winners(report, chosen.seeds, {}))
+    return 0
+
+
+def _list(chosen: Namespace, console: Console) -> int:
+    from clagrange._checks import did_you_mean
+    from clagrange.study.methods import METHODS
+    from clagrange.study.results import METRICS
+    from clagrange.study.settings import STREAMS, SettingsError
+
+    entries: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "methods": lambda: [_describe(name, kind) for name, kind in METHODS.items()],
+        "streams": lambda: [_describe(name, kind) for name, kind in STREAMS.items()],
+        "metrics": lambda: [{"name": name, "summary": summary} for name, summary in METRICS.items()],
+    }
+    if chosen.what not in entries:
+        raise SettingsError(
+            f"list: expected one of {', '.join(entries)}; got {chosen.what!r}{did_you_mean(chosen.what, entries)}"
+        )
+    found = entries[chosen.what]()
+    if chosen.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for entry in found:
+        console.print(f"[bold]{entry['name']}[/bold]  {entry['summary']}", highlight=False)
+        if entry.get("source"):
+            console.print(f"    {entry['source']}", highlight=False, style="dim")
+        if entry.get("parameters"):
+            defaults = ", ".join(f"{name}={value}" for name, value in entry["parameters"].items())
+            console.print(f"    {defaults}", highlight=False, markup=False)
+    return 0
+
+
+def _describe(name: str, kind: type) -> dict[str, Any]:
+    """Name, first line of the documentation, source and defaults of something that a study can name."""
+    parameters = inspect.signature(kind).parameters.values()
+    entry = {
+        "name": name,
+        "summary": (inspect.getdoc(kind) or "").partition("\n")[0],
+        "parameters": {parameter.name: parameter.default for parameter in parameters},
+    }
+    source = getattr(kind, "source", None)
+    return entry if source is None else {**entry, "source": source}

@@ -1,0 +1,324 @@
+"""The pictures of a study: `accuracy.png` and `plasticity.png`."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from clagrange.study.files import replacing
+from clagrange.study.results import MethodResult
+from clagrange.study.statistics import Array, band
+
+# Tol's "muted" palette, which colour-blind readers can tell apart, its palest darkened for lines, and black.
+_COLOURS = (
+    "#CC6677",
+    "#332288",
+    "#C4A93A",
+    "#117733",
+    "#79BFE6",
+    "#882255",
+    "#44AA99",
+    "#8A8A2B",
+    "#AA4499",
+    "#000000",
+)
+# Methods after the tenth get the colours again, with a marker.
+_MARKERS = ("", "o", "s")
+_INK = "#333333"
+_DOTS_PER_INCH = 150
+_PANELS = {
+    "dead_units": "dead units (fraction)",
+    "effective_rank": "effective rank of features",
+    "weight_magnitude": "mean |weight|",
+    "mean_variance": "mean variance / prior's",
+}
+# Spans of more than this factor are shown on a logarithmic axis.
+_LOGARITHMIC_SPAN = 50.0
+
+
+def write_plots(directory: Path, results: Sequence[MethodResult]) -> list[Path]:
+    """Write ``directory/accuracy.png`` and ``directory/plasticity.png``; return the paths, none without results.
+
+    Example:
+        >>> write_plots(Path(), [])
+        []
+    """
+    if not results:
+        return []
+    figures = {"accuracy.png": accuracy_figure(results), "plasticity.png": plasticity_figure(results)}
+    for name, figure in figures.items():
+        with replacing(directory / name) as partial:
+            figure.savefig(partial, format="png", dpi=_DOTS_PER_INCH, facecolor="white")
+    return [directory / name for name in figures]
+
+
+def accuracy_figure(results: Sequence[MethodResult]) -> Any:
+    """Online accuracy per task, one panel for each stream, methods labelled at the end of their lines.
+
+    Lines are the mean over seeds of a running mean over ⌈tasks/20⌉ tasks; bands are the 95 % bootstrap interval
+    over seeds; dashed methods are told of switches.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if there are no results.
+    """
+    from matplotlib.figure import Figure
+
+    streams, styles = _streams(results), _styles(results)
+    figure = Figure(figsize=(10, 0.7 + 4.3 * len(streams)), layout="constrained")
+    panels = figure.subplots(len(streams), 1, squeeze=False)[:, 0]
+    for panel, (stream, of_stream) in zip(panels, streams.items(), strict=True):
+        window = smoothing_window(max(result.tasks for result in of_stream))
+        ends = [
+            (_draw(panel, result, "online_accuracy", styles[result.method], window, scale=100), result.method)
+            for result in of_stream
+        ]
+        _decorate(panel, stream, of_stream)
+        _fit_to_lines(panel)
+        panel.set_ylabel(f"online accuracy %\n({_smoothed(window)})", fontsize=11, color=_INK)
+        panel.set_xlabel("task", fontsize=11, color=_INK)
+        _label_ends(panel, ends, styles)
+    figure.supxlabel(f"Beside each line its last value. {_explanation(results)}", fontsize=9.5, color=_INK)
+    return figure
+
+
+def plasticity_figure(results: Sequence[MethodResult]) -> Any:
+    """Dead units, effective rank, weight magnitude and mean variance per task, one row for each stream.
+
+    Drawn as `accuracy_figure` draws; the axis of a quantity that spans a factor of more than 50 is logarithmic.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if there are no results.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    streams, styles = _streams(results), _styles(results)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(12, 1.5 + 3.1 * len(streams)), layout=layout)
+    grid = figure.subplots(len(streams), len(_PANELS), squeeze=False)
+    windows = []
+    for row, (stream, of_stream) in zip(grid, streams.items(), strict=True):
+        windows.append(smoothing_window(max(result.tasks for result in of_stream)))
+        for panel, (metric, label) in zip(row, _PANELS.items(), strict=True):
+            drawn = [result for result in of_stream if np.isfinite(band(result.metrics[metric])[0]).any()]
+            for result in drawn:
+                _draw(panel, result, metric, styles[result.method], windows[-1])
+            _decorate(panel, label, of_stream, size=10.5)
+            panel.set_xlabel("task", fontsize=10, color=_INK)
+            _scale(panel, metric)
+            if not drawn:
+                panel.text(
+                    0.5,
+                    0.5,
+                    "no method has this",
+                    ha="center",
+                    va="center",
+                    transform=panel.transAxes,
+                    color=_INK,
+                )
+        row[0].set_ylabel(stream, fontsize=12, fontweight="bold", color=_INK)
+    figure.legend(
+        handles=[_handle(style, method) for method, style in styles.items()],
+        loc="outside lower center",
+        ncols=min(4, len(styles)),
+        fontsize=10.5,
+        frameon=False,
+        handlelength=3.0,
+    )
+    smoothed = " and ".join(dict.fromkeys(_smoothed(window) for window in windows))
+    figure.suptitle(f"Lines: {smoothed}. {_explanation(results)}", fontsize=10, color=_INK)
+    return figure
+
+
+def smoothing_window(tasks: int) -> int:
+    """Number of tasks of the running mean: ⌈tasks/20⌉.
+
+    Example:
+        >>> smoothing_window(100), smoothing_window(1)
+        (5, 1)
+    """
+    return math.ceil(tasks / 20)
+
+
+def running_mean(curves: Array, window: int) -> Array:
+    """Mean over the last ``window`` tasks at each task, or over those there are.
+
+    It never looks ahead, so that a drop stands where it happened or later.
+
+    Args:
+        curves: shape (seeds, tasks).
+        window: number of tasks, at least 1.
+
+    Returns:
+        Shape (seeds, tasks); NaN where a task in the window has no finite number.
+
+    Example:
+        >>> running_mean(np.array([[1.0, 3.0, 5.0]]), 2)
+        array([[1., 2., 4.]])
+    """
+    values = np.where(np.isfinite(curves), curves, np.nan)
+    return np.stack([values[:, max(0, at + 1 - window) : at + 1].mean(1) for at in range(values.shape[1])], 1)
+
+
+def _streams(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
+    if not results:
+        raise ValueError("results: expected at least one, got none; a picture needs a finished method")
+    streams: dict[str, list[MethodResult]] = {}
+    for result in results:
+        streams.setdefault(result.stream, []).append(result)
+    return streams
+
+
+def _styles(results: Sequence[MethodResult]) -> dict[str, dict[str, Any]]:
+    """The line of each method, the same in every panel: in the order of the study, dashed if told of switches."""
+    told: dict[str, bool] = {}
+    for result in results:
+        told.setdefault(result.method, result.told_of_switches)
+    return {
+        method: {
+            "color": _COLOURS[at % len(_COLOURS)],
+            "marker": _MARKERS[at // len(_COLOURS) % len(_MARKERS)],
+            "linestyle": (0, (4, 1.6)) if dashed else "-",
+            "linewidth": 1.8,
+            "markersize": 4.5,
+        }
+        for at, (method, dashed) in enumerate(told.items())
+    }
+
+
+def _draw(
+    panel: Any, result: MethodResult, metric: str, style: dict[str, Any], window: int, *, scale: float = 1.0
+) -> float:
+    """Draw a line with its band; return the last finite height, or NaN."""
+    mean, low, high = band(scale * running_mean(result.metrics[metric], window))
+    tasks = np.arange(1, result.tasks + 1)
+    panel.fill_between(tasks, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    every = max(1, result.tasks // 8)
+    marker = style["marker"] or ("o" if result.tasks == 1 else "")
+    panel.plot(tasks, mean, **{**style, "marker": marker}, markevery=every, solid_capstyle="round")
+    finite = mean[np.isfinite(mean)]
+    return float(finite[-1]) if finite.size else math.nan
+
+
+def _decorate(panel: Any, title: str, results: Sequence[MethodResult], *, size: float = 13) -> None:
+    tasks = max(result.tasks for result in results)
+    panel.set_title(title, loc="left", fontsize=size, fontweight="bold", color=_INK)
+    panel.set_xlim((0.5, 1.5) if tasks == 1 else (1, tasks))
+    if tasks < 10:
+        panel.set_xticks(range(1, tasks + 1))
+    panel.tick_params(labelsize=9.5, colors=_INK, length=3)
+    panel.grid(axis="y", color="#e3e3e3", linewidth=0.8)
+    panel.set_axisbelow(True)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        panel.spines[side].set_color("#999999")
+
+
+def _heights(panel: Any) -> Array:
+    """All finite heights of the panel's lines."""
+    lines = [np.asarray(line.get_ydata(), dtype=np.float64) for line in panel.lines]
+    heights: Array = np.concatenate([np.empty(0), *lines])
+    return heights[np.isfinite(heights)]
+
+
+def _fit_to_lines(panel: Any) -> None:
+    """Let the lines fill the panel; the wide band of a method with a diverged seed may be cut off."""
+    heights = _heights(panel)
+    if heights.size:
+        margin = 0.06 * max(float(np.ptp(heights)), 1.0)
+        panel.set_ylim(heights.min() - margin, heights.max() + margin)
+
+
+def _scale(panel: Any, metric: str) -> None:
+    """Logarithmic axis for wide spans; fractions start at 0."""
+    heights = _heights(panel)
+    if metric in ("dead_units", "mean_variance"):
+        panel.set_ylim(bottom=0)
+        if heights.size == 0 or heights.max() <= 0:
+            panel.set_ylim(0, 1)
+    elif heights.size and heights.min() > 0 and heights.max() > _LOGARITHMIC_SPAN * heights.min():
+        panel.set_yscale("log")
+
+
+def _label_ends(panel: Any, ends: Sequence[tuple[float, str]], styles: dict[str, dict[str, Any]]) -> None:
+    """Write each method's name beside the end of its line, pushed apart so that no two overlap."""
+    from matplotlib.colors import to_rgb
+
+    low, high = panel.get_ylim()
+    shown = sorted((end, method) for end, method in ends if math.isfinite(end))
+    places = spread_apart([(end - low) / (high - low) for end, _ in shown], gap=0.062)
+    right = panel.get_xlim()[1]
+    for place, (end, method) in zip(places, shown, strict=True):
+        colour = styles[method]["color"]
+        ink = tuple(0.75 * part for part in to_rgb(colour))
+        panel.annotate(
+            f"{method}  {end:.1f}",
+            xy=(right, end),
+            xycoords="data",
+            xytext=(1.035, place),
+            textcoords="axes fraction",
+            fontsize=10.5,
+            color=ink,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 1.0,
+                "shrinkA": 1,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def spread_apart(places: Sequence[float], *, gap: float) -> list[float]:
+    """Ascending places moved as little as this simple rule can, so that neighbours are ``gap`` apart.
+
+    Places that touch form a group, spaced evenly around the mean of where they wanted to be; groups that touch
+    are joined. The result is pushed into [0, 1] if it fits.
+
+    Example:
+        >>> spread_apart([0.5, 0.5], gap=0.2)
+        [0.4, 0.6]
+    """
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and (
+            fmean(groups[-1]) - fmean(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = [fmean(group) + gap * (at - (len(group) - 1) / 2) for group in groups for at in range(len(group))]
+    if not moved:
+        return []
+    shift = max(min(0.0, 1.0 - moved[-1]), -moved[0])
+    return [place + shift for place in moved]
+
+
+def _handle(style: dict[str, Any], label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **style)
+
+
+def _smoothed(window: int) -> str:
+    return "value of each task" if window == 1 else f"running mean over {window} tasks"
+
+
+def _explanation(results: Sequence[MethodResult]) -> str:
+    single = all(len(result.seeds) == 1 for result in results)
+    bands = "One seed, so no bands." if single else "Bands: 95 % bootstrap interval over seeds."
+    return bands + (
+        " Dashed: told of task switches." if any(result.told_of_switches for result in results) else ""
+    )

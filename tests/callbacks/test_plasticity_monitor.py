@@ -1,0 +1,204 @@
+"""The monitor: its numbers against a plain loop, and that training does not notice it."""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning_runs import Classifier, euler_lagrange, gaussian_mlp, momentum, plain_mlp, trainer
+from parity import DoubleDigits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import clagrange
+from clagrange.callbacks import InterventionCallback, PlasticityMonitor, VarianceInjection
+from clagrange.interventions import ContinualBackprop, InputNormalization
+from clagrange.metrics import dead_units, effective_rank, mean_variance, weight_magnitude
+from clagrange.wiring import hidden_features
+
+import lightning.pytorch as pl  # isort: skip
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # isort: skip
+
+STEPS = 6
+
+
+def stream(tasks: int = 2) -> DoubleDigits:
+    return DoubleDigits(tasks=tasks, examples=4 * STEPS, batch_size=4, seed=2)
+
+
+def noisy() -> nn.Module:
+    """Dropout, running statistics, Gaussian layers: everything that a second forward pass could disturb."""
+    torch.manual_seed(4)
+    layers = nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, 10)
+    return clagrange.gaussianize(nn.Sequential(*layers).double())
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    with next(folder.rglob("metrics.csv")).open() as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_numbers_equal_those_of_a_plain_loop(tmp_path: Path) -> None:
+    model = Classifier(gaussian_mlp(), euler_lagrange)
+    monitor = PlasticityMonitor(every_n_steps=4, probe_examples=10)
+    made = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[monitor])
+    made.fit(model, stream().as_datamodule())
+
+    expected: dict[int, dict[str, float]] = {}
+    network = gaussian_mlp()
+    optimizer = euler_lagrange(network)
+    step = 0
+    for number in range(2):
+        task, rights, seen = stream().task(number), [], []
+        for chosen in stream().order(number, 0):
+            inputs, targets = task.inputs[chosen], task.targets[chosen]
+            optimizer.zero_grad()
+            output = network(inputs)
+            F.cross_entropy(output, targets).backward()
+            optimizer.step()
+            step += 1
+            rights += (output.argmax(1) == targets).tolist()
+            seen.append(inputs)
+            if step % 4 == 0:
+                features = hidden_features(network, torch.cat(seen)[-10:])[-1]
+                expected[step - 1] = {
+                    "task": number,
+                    "online_accuracy": sum(rights) / len(rights),
+                    "dead_units": float(dead_units(features)),
+                    "effective_rank": float(effective_rank(features)),
+                    "weight_magnitude": float(weight_magnitude(network)),
+                    "mean_variance": float(mean_variance(network)),
+                }
+        if step == STEPS:  # between two measurements: the accuracy over the task that ended
+            expected[step - 1] = {"task": 0, "online_accuracy": sum(rights) / len(rights)}
+
+    logged = {
+        int(row["step"]): {key.removeprefix("plasticity/"): row[key] for key in row if key.startswith("plast")}
+        for row in rows(tmp_path)
+    }
+    assert sorted(logged) == sorted(expected) == [3, 5, 7, 11]
+    for number, values in expected.items():
+        assert logged[number] == pytest.approx(values, rel=1e-5)
+    last = {f"plasticity/{key}": value for key, value in expected[11].items()}
+    assert {key: float(made.callback_metrics[key]) for key in last} == pytest.approx(last, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make_network", "make_optimizer"), [(noisy, euler_lagrange), (noisy, momentum), (plain_mlp, momentum)]
+)
+def test_training_does_not_notice_it(make_network: Any, make_optimizer: Any, tmp_path: Path) -> None:
+    ends = []
+    for monitored in (False, True):
+        model = Classifier(make_network(), make_optimizer)
+        callbacks: list[pl.Callback] = [InterventionCallback(InputNormalization())]
+        if make_network is plain_mlp:
+            callbacks.append(InterventionCallback(ContinualBackprop(0.1, maturity=2)))
+        else:
+            callbacks.append(VarianceInjection(strength=0.5))
+        if monitored:
+            callbacks.append(PlasticityMonitor(every_n_steps=1, probe_examples=7))
+        torch.manual_seed(9)
+        trainer(tmp_path, callbacks=callbacks, accumulate_grad_batches=2).fit(model, stream().as_datamodule())
+        assert model.training
+        assert model.net.training
+        ends.append([*model.state_dict().values(), torch.get_rng_state()])
+    for alone, watched in zip(*ends, strict=True):
+        assert torch.equal(alone, watched)
+
+
+def test_measures_of_a_network_without_hidden_layer_or_gaussian_weights(tmp_path: Path) -> None:
+    monitor = PlasticityMonitor(every_n_steps=2, prefix="linear/")
+    made = trainer(tmp_path, callbacks=[monitor])
+    made.fit(Classifier(nn.Sequential(nn.Linear(64, 10)).double(), momentum), stream().as_datamodule())
+    assert sorted(made.callback_metrics) == ["linear/online_accuracy", "linear/task", "linear/weight_magnitude"]
+
+
+def test_probes_are_seen_as_the_network_sees_them(tmp_path: Path) -> None:
+    """Inputs that a hook normalises are normalised once, and those of the old task are forgotten."""
+    normalization = InputNormalization()
+    monitor = PlasticityMonitor(every_n_steps=1000)
+    model = Classifier(plain_mlp(), momentum)
+    callbacks = [InterventionCallback(normalization), monitor]
+    made = trainer(tmp_path, callbacks=callbacks)
+    made.fit(model, stream().as_datamodule())
+    probes = stream().task(1).inputs[stream().order(1, 0).flatten()]
+    features = hidden_features(model.net, probes)[-1]
+    bare = plain_mlp()
+    bare.load_state_dict(model.net.state_dict())
+    assert not torch.allclose(hidden_features(bare, probes)[-1], features)
+    assert float(made.callback_metrics["plasticity/effective_rank"]) == pytest.approx(
+        float(effective_rank(features)), rel=1e-5
+    )
+
+
+def test_stacked_networks_are_averaged(tmp_path: Path) -> None:
+    class Stacked(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            inputs, targets = (part.expand(2, *part.shape) for part in batch[:2])
+            return clagrange.networks.cross_entropy(self.net(inputs), targets)
+
+    class StackedMonitor(PlasticityMonitor):
+        def targets_of(self, batch: Any) -> Tensor:
+            return batch[1].expand(2, -1)
+
+    singles = []
+    networks = [clagrange.networks.mlp(64, [12], 10, seed=seed).double() for seed in (1, 2)]
+    for network in networks:
+        made = trainer(tmp_path, callbacks=[PlasticityMonitor(probe_examples=9)])
+        made.fit(
+            Classifier(clagrange.gaussianize(network, copied=True), euler_lagrange), stream().as_datamodule()
+        )
+        singles.append({key: float(value) for key, value in made.callback_metrics.items()})
+    stacked = clagrange.gaussianize(clagrange.replicas.stack(networks))
+    made = trainer(tmp_path, callbacks=[StackedMonitor(probe_examples=9)])
+    made.fit(Stacked(stacked, euler_lagrange), stream().as_datamodule())
+    expected = {key: (singles[0][key] + singles[1][key]) / 2 for key in singles[0]}
+    assert {key: float(made.callback_metrics[key]) for key in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_other_loggers_take_the_same_names(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "board")]
+    made = trainer(tmp_path, logger=loggers, log_every_n_steps=1, callbacks=[PlasticityMonitor(every_n_steps=5)])
+    made.fit(Classifier(plain_mlp(), momentum), stream(1).as_datamodule())
+    events = EventAccumulator(loggers[1].log_dir)
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("plasticity/online_accuracy")}
+    table = {int(row["step"]): row["plasticity/online_accuracy"] for row in rows(tmp_path / "csv")}
+    assert shown == pytest.approx(table)
+    assert sorted(shown) == [4, 5]
+
+
+def test_bad_arguments_and_batches(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="every_n_steps: expected a number in"):
+        PlasticityMonitor(every_n_steps=0)
+    with pytest.raises(ValueError, match="probe_examples: expected a number in"):
+        PlasticityMonitor(probe_examples=0)
+
+    class Regression(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(batch[0]).square().mean()
+
+    class Bypass(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return next(self.net.parameters()).square().sum()
+
+    class FloatTargets(PlasticityMonitor):
+        def targets_of(self, batch: Any) -> Tensor:
+            return batch[1].double()
+
+    for model, monitor, message in (
+        (
+            Bypass(plain_mlp(), momentum),
+            PlasticityMonitor(),
+            "network: expected training_step to call the Sequential",
+        ),
+        (Regression(plain_mlp(), momentum), FloatTargets(), "targets of type torch.float64 and shape (4,)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            trainer(tmp_path, callbacks=[monitor]).fit(model, stream().as_datamodule())
+        assert not model.net._forward_hooks
+        assert not model.net._forward_pre_hooks

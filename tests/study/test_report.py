@@ -1,0 +1,407 @@
+"""What a study shows: summary, tables, pictures, page and events, from made-up results."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from clagrange.study.events import write_events
+from clagrange.study.plots import running_mean, spread_apart, write_plots
+from clagrange.study.report import comparisons, findings, own_best, write_report
+from clagrange.study.results import METRICS, MethodResult
+from clagrange.study.statistics import interval
+from clagrange.study.summary import environment, markdown, summarize, table, write_summary
+
+TASKS, SEEDS = 20, 4
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def fake(
+    method,
+    *,
+    stream="digits",
+    slope=0.0,
+    start=0.8,
+    told=False,
+    gaussian=False,
+    diverged=(),
+    shape=(SEEDS, TASKS),
+):
+    """A result with a linear trend; a diverged seed has a NaN loss and chance accuracy in its second half."""
+    random = np.random.default_rng([7, *method.encode(), *stream.encode()])
+    seeds, tasks = shape
+    metrics = {name: random.uniform(0.2, 0.3, shape) for name in METRICS}
+    metrics["online_accuracy"] = start + slope * np.linspace(0, 1, tasks) + random.normal(0, 0.002, shape)
+    if not gaussian:
+        metrics["mean_variance"] = np.full(shape, np.nan)
+    flags = tuple(seed in diverged for seed in range(seeds))
+    for seed in diverged:
+        metrics["loss"][seed, tasks // 2 :] = np.nan
+        metrics["weight_magnitude"][seed, tasks // 2 :] = np.inf
+        metrics["online_accuracy"][seed, tasks // 2 :] = 0.1
+    return MethodResult(stream, method, told, tuple(range(50, 50 + seeds)), metrics, flags, 300, 2.5)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return [
+        fake("sgd", slope=-0.2),
+        fake("adam", start=0.75, diverged=(1,)),
+        fake("continual_backprop", start=0.79),
+        fake("euler_lagrange", slope=-0.05, start=0.82, gaussian=True),
+        fake("euler_lagrange_injection", slope=0.03, start=0.83, gaussian=True, told=True),
+        fake("sgd", stream="labels", start=0.5),
+    ]
+
+
+@pytest.fixture(scope="module")
+def summary(results):
+    planned = {
+        "digits": ["sgd", "adam", "l2_init", "continual_backprop", "euler_lagrange", "euler_lagrange_injection"],
+        "labels": ["sgd", "adam"],
+        "mnist": ["sgd"],
+    }
+    tasks = {"digits": TASKS, "labels": TASKS, "mnist": 30}
+    return summarize(results, status="interrupted", environment=environment(), planned=planned, tasks=tasks)
+
+
+def test_summary_has_the_documented_form(summary, tmp_path):
+    path = write_summary(tmp_path, summary)
+
+    def refuse(constant):
+        raise AssertionError(f"not JSON: {constant}")
+
+    read = json.loads(path.read_text(), parse_constant=refuse)
+    assert read == summary
+    assert list(tmp_path.iterdir()) == [path]
+    assert set(read) == {"schema", "status", "environment", "streams"}
+    assert (read["schema"], read["status"]) == (1, "interrupted")
+    assert [(stream["name"], stream["tasks"]) for stream in read["streams"]] == [
+        ("digits", TASKS),
+        ("labels", TASKS),
+        ("mnist", 30),
+    ]
+    for stream in read["streams"]:
+        assert set(stream) == {"name", "tasks", "methods"}
+        for method in stream["methods"]:
+            assert set(method) == {
+                *("name", "told_of_switches", "seeds", "online_accuracy", "first_tenth", "last_tenth", "change"),
+                *("model_steps_per_second", "seconds", "diverged"),
+            }
+            assert set(method["online_accuracy"]) == set(method["change"]) == {"mean", "low", "high"}
+
+
+def test_summary_numbers_match_plain_arithmetic(summary, results):
+    by_name = {method["name"]: method for method in summary["streams"][0]["methods"]}
+    for result in results[:5]:
+        method, accuracy = by_name[result.method], result.metrics["online_accuracy"].tolist()
+        means = [sum(row) / TASKS for row in accuracy]
+        first, last = [sum(row[:2]) / 2 for row in accuracy], [sum(row[-2:]) / 2 for row in accuracy]
+        assert method["online_accuracy"]["mean"] == pytest.approx(sum(means) / SEEDS)
+        assert method["online_accuracy"]["low"] == pytest.approx(interval(means).low)
+        assert method["online_accuracy"]["high"] == pytest.approx(interval(means).high)
+        assert method["first_tenth"] == pytest.approx(sum(first) / SEEDS)
+        assert method["last_tenth"] == pytest.approx(sum(last) / SEEDS)
+        assert method["change"]["mean"] == pytest.approx((sum(last) - sum(first)) / SEEDS)
+        assert method["change"]["low"] == pytest.approx(
+            interval([after - before for before, after in zip(first, last, strict=True)]).low
+        )
+        assert method["seeds"] == [50, 51, 52, 53]
+        assert method["seconds"] == 2.5
+        assert method["model_steps_per_second"] == pytest.approx(300 * 4 / 2.5)
+        assert method["told_of_switches"] is (result.method == "euler_lagrange_injection")
+    assert by_name["adam"]["diverged"] == 1
+    assert by_name["sgd"]["diverged"] == 0
+
+
+def test_summary_keeps_the_order_and_has_null_for_what_is_not_finished(summary):
+    names = [method["name"] for method in summary["streams"][0]["methods"]]
+    assert names == ["sgd", "adam", "l2_init", "continual_backprop", "euler_lagrange", "euler_lagrange_injection"]
+    nothing = {"mean": None, "low": None, "high": None}
+    expected = {
+        "name": "l2_init",
+        "told_of_switches": None,
+        "seeds": [],
+        "online_accuracy": nothing,
+        "first_tenth": None,
+        "last_tenth": None,
+        "change": nothing,
+        "model_steps_per_second": None,
+        "seconds": None,
+        "diverged": None,
+    }
+    assert summary["streams"][0]["methods"][2] == expected
+
+
+def test_summary_does_not_judge_a_run_with_fewer_tasks_than_planned():
+    short = fake("sgd", shape=(2, 5))
+    (method,) = summarize([short], status="interrupted", environment={}, tasks={"digits": 6})["streams"][0][
+        "methods"
+    ]
+    assert method["online_accuracy"]["mean"] is None
+    assert method["seeds"] == []
+
+
+def test_summary_of_one_seed_one_task_and_of_numbers_that_are_none(tmp_path):
+    single = fake("sgd", shape=(1, 1))
+    broken = fake("adam", shape=(2, 1))
+    broken.metrics["online_accuracy"][0] = np.nan
+    summary = summarize([single, broken], status="complete", environment={})
+    first, second = summary["streams"][0]["methods"]
+    value = float(single.metrics["online_accuracy"][0, 0])
+    assert first["online_accuracy"] == {"mean": value, "low": None, "high": None}
+    assert first["change"] == {"mean": 0.0, "low": None, "high": None}
+    assert second["online_accuracy"]["mean"] is None
+    assert second["first_tenth"] is None
+    assert summary["streams"][0]["tasks"] == 1
+    write_summary(tmp_path, summary)
+    assert all(path.exists() for path in write_plots(tmp_path, [single, broken]))
+    page = write_report(tmp_path, summary, [single, broken], "").read_text()
+    assert "Without an interval, so nothing is claimed about their change: sgd (+0.0), adam (-)." in page
+    assert "No Euler-Lagrange method is finished" in page
+
+
+def test_summary_refuses_two_results_of_one_method():
+    with pytest.raises(ValueError, match="got two of 'sgd' on 'digits'"):
+        summarize([fake("sgd"), fake("sgd")], status="complete", environment={})
+
+
+def test_writing_a_summary_with_nan_leaves_the_old_one(tmp_path):
+    path = write_summary(tmp_path, {"schema": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_summary(tmp_path, {"schema": float("nan")})
+    assert json.loads(path.read_text()) == {"schema": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_environment_is_plain_json():
+    described = environment()
+    assert json.loads(json.dumps(described)) == described
+    assert set(described) == {
+        "python",
+        "torch",
+        "clagrange",
+        "platform",
+        "processor",
+        "cores",
+        "threads",
+        "device",
+    }
+    assert described["device"] == "cpu"
+    assert described["processor"]
+    assert described["cores"] >= 1
+
+
+@pytest.mark.parametrize(("terminal", "width"), [(False, 80), (True, 100), (True, 80)])
+def test_table_is_readable(summary, terminal, width):
+    file = io.StringIO()
+    console = Console(
+        file=file, width=width, force_terminal=terminal, color_system="standard" if terminal else None
+    )
+    table(summary, console)
+    assert console.width == width
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+    assert max(map(len, plain.splitlines())) <= (width if terminal else 100)
+    for method in summary["streams"][0]["methods"]:
+        for key in ("online_accuracy", "change"):
+            of = method[key]
+            if of["mean"] is not None:
+                sign = "+" if key == "change" else ""
+                low, high = (format(100 * of[end], f"{sign}.1f") for end in ("low", "high"))
+                assert f"[{low}, {high}]" in plain
+        if width == 100 or not terminal:
+            assert any(line.startswith(method["name"] + " ") for line in plain.splitlines())
+    assert "Highest mean: euler_lagrange_injection." in plain
+    assert "Diverged: adam (1 of 4 seeds)." in plain
+    assert "Not finished: l2_init." in plain
+    if terminal and width == 100:
+        bold = re.findall(r"\x1b\[1m([^\x1b]*)\x1b", file.getvalue())
+        assert "euler_lagrange_injection" in bold
+        assert not any(name.startswith("continual_backprop") for name in bold)
+
+
+def test_markdown_has_every_column_and_escapes(results):
+    odd = fake("a|b")
+    text = markdown(summarize([results[0], odd], status="complete", environment={}))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {10}
+    accuracy = odd.metrics["online_accuracy"].mean(1)
+    of = interval(accuracy)
+    assert f"| **a\\|b** | no | **{100 * of.mean:.1f} [{100 * of.low:.1f}, {100 * of.high:.1f}]** |" in text
+    assert text.startswith("**digits: 20 tasks, 4 seeds**")
+
+
+def test_running_mean_looks_back_only_and_keeps_gaps():
+    random = np.random.default_rng(0)
+    curves = random.normal(size=(2, 9))
+    curves[1, 4] = np.inf
+    smooth = running_mean(curves, 3)
+    for seed in range(2):
+        for task in range(9):
+            window = curves[seed, max(0, task - 2) : task + 1]
+            expected = sum(window) / len(window) if np.isfinite(window).all() else np.nan
+            np.testing.assert_allclose(smooth[seed, task], expected)
+
+
+def test_labels_are_spread_in_order_and_stay_inside():
+    places = sorted(np.random.default_rng(1).uniform(0.9, 1.0, 12))
+    moved = spread_apart(places, gap=0.06)
+    assert np.diff(moved).min() >= 0.06 - 1e-12
+    assert moved[0] >= 0
+    assert moved[-1] <= 1
+    assert spread_apart([0.1, 0.5, 0.9], gap=0.06) == [0.1, 0.5, 0.9]
+
+
+def test_plots_are_pictures_and_leave_no_global_state(results, tmp_path):
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    paths = write_plots(tmp_path, results)
+    assert [path.name for path in paths] == ["accuracy.png", "plasticity.png"]
+    assert all(path.read_bytes().startswith(PNG) for path in paths)
+    assert sorted(tmp_path.iterdir()) == paths
+    assert dict(mpl.rcParams) == before
+    assert write_plots(tmp_path, []) == []
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.references, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.references += [value for key, value in attrs if key in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_report_is_one_well_formed_page_without_references(summary, results, tmp_path):
+    path = write_report(tmp_path, summary, results, "methods:\n  evil: </pre><script>alert('x')</script>\n")
+    source = path.read_text()
+    page = Page()
+    page.feed(source)
+    assert page.open == []
+    assert len(page.references) == 2
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", source)
+    assert "<script" not in source
+    text = "".join(page.text)
+    assert "evil: </pre><script>alert('x')</script>" in text
+    assert "The study is not complete." in text
+    assert {item.name for item in tmp_path.iterdir()} == {"accuracy.png", "plasticity.png", "report.html"}
+
+
+def test_report_escapes_names(tmp_path):
+    odd = [fake("euler_lagrange<b>", stream="<i>digits"), fake("a&b", stream="<i>digits")]
+    summary = summarize(odd, status="<u>", environment={"<s>": "<em>"})
+    source = write_report(tmp_path, summary, odd, "").read_text()
+    for tag in ("<b>", "<i>", "<u>", "<s>", "<em>"):
+        assert tag not in source
+    assert "a&amp;b" in source
+
+
+def test_report_of_a_study_without_results(tmp_path):
+    summary = summarize([], status="interrupted", environment={}, planned={"digits": ["sgd"]})
+    source = write_report(tmp_path, summary, [], "").read_text()
+    assert "No method is finished." in source
+    assert "<img" not in source
+
+
+def test_findings_come_from_the_numbers(summary, results):
+    stream = summary["streams"][0]
+    assert own_best(stream) == "euler_lagrange_injection"
+    differences = comparisons(stream, results)
+    assert list(differences) == ["sgd", "adam", "continual_backprop", "euler_lagrange"]
+    own = results[4].metrics["online_accuracy"].mean(1)
+    other = results[2].metrics["online_accuracy"].mean(1)
+    assert differences["continual_backprop"].mean == pytest.approx((own - other).mean())
+    text = findings(stream, results)
+    losing = next(sentence for sentence in text if sentence.startswith("Lose plasticity"))
+    assert "sgd (-18" in losing
+    assert "euler_lagrange (-" in losing
+    assert "continual_backprop" not in losing
+    assert "euler_lagrange_injection" not in losing
+    above = next(sentence for sentence in text if sentence.startswith("euler_lagrange_injection is above"))
+    assert "continual_backprop (+" in above
+    assert any(sentence.startswith("Diverged: adam (1 of 4 seeds)") for sentence in text)
+    assert "Not finished, so not judged: l2_init." in text
+
+
+def test_findings_turn_round_with_the_numbers():
+    turned = [fake("sgd", slope=0.2), fake("continual_backprop", start=0.95), fake("euler_lagrange", slope=-0.1)]
+    stream = summarize(turned, status="complete", environment={})["streams"][0]
+    text = " ".join(findings(stream, turned))
+    assert "points) lies below 0: euler_lagrange (-" in text
+    assert re.search(r"Become better; the interval of the change lies above 0: sgd \(\+\d", text)
+    assert re.search(r"euler_lagrange is below sgd \(-[\d.]+\), continual_backprop \(-", text)
+    assert "is above" not in text
+
+
+def test_findings_claim_nothing_that_the_seeds_cannot_tell():
+    alike = [fake("euler_lagrange"), fake("adam")]
+    for result, sign in zip(alike, (1, -1), strict=True):
+        slopes = np.array([0.1, -0.1, 0.1, -0.1])[:, None] * sign
+        result.metrics["online_accuracy"][:] = 0.5 + slopes * np.linspace(0, 1, TASKS)
+    stream = summarize(alike, status="complete", environment={})["streams"][0]
+    text = " ".join(findings(stream, alike))
+    assert "No method shows a loss of plasticity" in text
+    assert "euler_lagrange cannot be told apart, with these seeds, from adam" in text
+    one = [fake("euler_lagrange", slope=-0.5, shape=(1, TASKS)), fake("adam", shape=(1, TASKS))]
+    text = " ".join(findings(summarize(one, status="complete", environment={})["streams"][0], one))
+    assert "Lose plasticity" not in text
+    assert "No method shows" not in text
+    assert "nothing is claimed about their change: euler_lagrange (-" in text
+    assert "euler_lagrange is not judged against them: adam (-" in text
+
+
+def test_methods_on_other_seeds_are_not_paired():
+    pair = [fake("euler_lagrange"), fake("adam", shape=(SEEDS - 1, TASKS))]
+    stream = summarize(pair, status="complete", environment={})["streams"][0]
+    assert comparisons(stream, pair) == {"adam": None}
+
+
+def test_events_hold_means_and_intervals_and_replace_the_old(results, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "tensorboard"
+    write_events(folder, [fake("old/../name")])
+    assert [path.name for path in (folder / "digits").iterdir()] == ["old_.._name"]
+    write_events(folder, results)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert sorted(str(path.relative_to(folder)) for path in folder.glob("*/*")) == sorted(
+        f"{result.stream}/{result.method}" for result in results
+    )
+    for result in results[1], results[4]:
+        events = EventAccumulator(str(folder / result.stream / result.method)).Reload()
+        tags = set(events.Tags()["scalars"])
+        absent = set() if result.method == "euler_lagrange_injection" else {"mean_variance"}
+        assert tags == (set(METRICS) | {"online_accuracy_low", "online_accuracy_high"}) - absent
+        read = events.Scalars("online_accuracy")
+        assert [event.step for event in read] == list(range(TASKS))
+        np.testing.assert_allclose(
+            [event.value for event in read], result.metrics["online_accuracy"].mean(0), rtol=1e-6
+        )
+        loss = events.Scalars("loss")
+        assert len(loss) == (TASKS // 2 if any(result.diverged) else TASKS)
+
+
+def test_importing_the_parts_loads_neither_matplotlib_nor_tensorboard():
+    modules = ", ".join(
+        f"clagrange.study.{name}" for name in ("events", "plots", "report", "statistics", "summary")
+    )
+    heavy = ("matplotlib", "tensorboard", "scipy.stats")
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
