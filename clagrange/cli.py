@@ -17,7 +17,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 
 
-class _Parser(ArgumentParser):  # type: ignore[misc]
+class _Parser(ArgumentParser):
     """A parser that raises on bad arguments, so that one line can say what is wrong."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:

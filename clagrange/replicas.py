@@ -65,8 +65,10 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             f"{tuple(weight.shape)}, got {tuple(inputs.shape)}"
         )
     flat = inputs.flatten(1, -2)
-    product = torch.bmm(flat, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, weight.mT)
-    return product.reshape(*inputs.shape[:-1], -1)
+    product: Tensor = (
+        torch.bmm(flat, weight.mT) if bias is None else torch.baddbmm(bias[:, None], flat, weight.mT)
+    )
+    return product.reshape((*inputs.shape[:-1], weight.shape[1]))
 
 
 def conv2d(layer: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -267,9 +269,9 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
     if not networks:
         raise ValueError("networks: expected at least one network to stack, got none")
     tensors = [{**dict(net.named_parameters()), **dict(net.named_buffers())} for net in networks]
-    shapes = {name: tensor.shape for name, tensor in tensors[0].items()}
-    for index, named in enumerate(tensors):
-        if {name: tensor.shape for name, tensor in named.items()} != shapes:
+    structures = [_structure(net) for net in networks]
+    for index, structure in enumerate(structures):
+        if structure != structures[0]:
             raise ValueError(f"networks: expected one structure, but network {index} differs from network 0")
     stacked = copy.deepcopy(networks[0])
     for name, module in stacked.named_modules():
@@ -285,6 +287,13 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
     for name, buffer in stacked.named_buffers():
         buffer.data = torch.stack([named[name] for named in tensors])
     return stacked
+
+
+def _structure(network: nn.Module) -> list[object]:
+    """What two networks must have in common to be stacked: layers, their settings, shapes of their tensors."""
+    layers = [(name, type(module), module.extra_repr()) for name, module in network.named_modules()]
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    return [layers, [(name, tensor.shape) for name, tensor in tensors]]
 
 
 def unstack(network: nn.Module) -> list[nn.Module]:

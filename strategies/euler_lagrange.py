@@ -61,8 +61,10 @@ class EulerLagrange(SupervisedTemplate):  # type: ignore[misc]
         >>> benchmark = clagrange.tasks.PermutedDigits(tasks=3, batch_size=16).as_benchmark()
         >>> net = clagrange.networks.mlp(64, [64], 10)
         >>> strategy = EulerLagrange(model=net, lr=6e-3, temperature=1e-3, train_mb_size=16)
-        >>> for experience in benchmark.train_stream:
-        ...     results = strategy.train(experience)
+        >>> results = strategy.train(benchmark.train_stream[0])  # doctest: +ELLIPSIS
+        -- >> Start of training phase << --
+        ...
+        -- >> End of training phase << --
     """
 
     def __init__(

@@ -32,6 +32,9 @@ class InterventionPlugin(SupervisedPlugin):  # type: ignore[misc]
         TypeError: if one is not an intervention.
 
     Example:
+        >>> from avalanche.training import Naive
+        >>> net = clagrange.networks.mlp(64, [64], 10)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
         >>> plugin = InterventionPlugin(clagrange.interventions.ShrinkAndPerturb())
         >>> strategy = Naive(model=net, optimizer=optimizer, plugins=[plugin], train_mb_size=16)
     """

@@ -86,16 +86,18 @@ class ContinualBackprop(Intervention):
             self._handles.append(connection.consumer.register_forward_pre_hook(self._watch(connection.name)))
             weight = connection.producer.weight
             shape = (weight.shape[0], connection.units) if connection.stacked else (connection.units,)
+            # half precision could not count beyond 256
+            like = weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
             unit_state = self.state.setdefault(
                 connection.name,
                 {
-                    "age": weight.new_zeros(shape),
-                    "mean_activation": weight.new_zeros(shape),
-                    "utility": weight.new_zeros(shape),
-                    "due": weight.new_zeros(shape[:-1]),
+                    "age": like.clone(),
+                    "mean_activation": like.clone(),
+                    "utility": like.clone(),
+                    "due": like.new_zeros(shape[:-1]),
                 },
             )
-            self.state[connection.name] = {name: value.to(weight) for name, value in unit_state.items()}
+            self.state[connection.name] = {name: value.to(like) for name, value in unit_state.items()}
 
     def _watch(self, name: str) -> Any:
         def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -114,7 +116,7 @@ class ContinualBackprop(Intervention):
             state = self.state[connection.name]
             utility = self._update(connection, state, connection.activations(entering))
             eligible = state["age"] > self.maturity
-            state["due"] += self.replacement_rate * eligible.sum(-1)
+            state["due"] += self.replacement_rate * eligible.sum(-1).to(state["due"])
             count = state["due"].floor()
             if count.any():
                 state["due"] -= count
@@ -125,6 +127,7 @@ class ContinualBackprop(Intervention):
         state["age"] += 1
         correction = 1.0 - self.decay ** state["age"]
         mean = state["mean_activation"]
+        activations = activations.to(mean.dtype)
         mean.lerp_(mean_over_processes(activations.mean(-2)), 1.0 - self.decay)
         if self.utility != "contribution":
             activations = activations - (mean / correction).unsqueeze(-2)

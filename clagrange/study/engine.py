@@ -13,7 +13,7 @@ from clagrange.interventions import Intervention
 from clagrange.metrics import dead_units, effective_rank, mean_variance, weight_magnitude
 from clagrange.networks import mlp
 from clagrange.replicas import stack
-from clagrange.study.files import replacing
+from clagrange.study.files import DamagedFile, replacing
 from clagrange.study.methods import Method
 from clagrange.study.results import METRICS, MethodResult
 from clagrange.tasks import Task, TaskStream
@@ -158,11 +158,14 @@ class Run:
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:
-            raise ValueError(
-                f"{path}: expected a checkpoint, got a damaged file; remove it and resume"
+            raise DamagedFile(
+                f"{path}: expected a checkpoint, got a damaged file; remove it and run again with --resume"
             ) from error
         if checkpoint["key"] != key:
-            raise ValueError(f"{path}: the checkpoint belongs to other settings; remove it and resume")
+            raise DamagedFile(
+                f"{path}: expected a checkpoint of these settings and this version of clagrange, got another; "
+                f"remove it and run again with --resume"
+            )
         self.network.load_state_dict(checkpoint["network"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for intervention, state in zip(self.interventions, checkpoint["interventions"], strict=True):

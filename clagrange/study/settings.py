@@ -168,7 +168,8 @@ def read_yaml(source: str | Path) -> Any:
 
 
 def override(tree: Any, overrides: Sequence[str]) -> Any:
-    """Set the values that ``key=value`` strings name by the end of their path."""
+    """Set the values that ``key=value`` strings name by the end of their path; empty entries count as {}."""
+    tree = _filled(tree)
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
@@ -187,6 +188,19 @@ def override(tree: Any, overrides: Sequence[str]) -> Any:
             )
         for node in places:
             node[last] = yaml.safe_load(text)
+    return tree
+
+
+def _filled(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {
+            key: {name: {} if entry is None else entry for name, entry in value.items()}
+            if key == "methods" and isinstance(value, dict)
+            else {}
+            if key == "stream" and value is None
+            else _filled(value)
+            for key, value in tree.items()
+        }
     return tree
 
 

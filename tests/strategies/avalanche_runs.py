@@ -11,6 +11,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
 import clagrange as cl
+from clagrange.strategies import ContinualBackprop, EulerLagrange
 
 
 def small_stream(tasks: int = 3) -> cl.tasks.PermutedDigits:
@@ -42,3 +43,23 @@ def naive(net: nn.Module, **settings: Any) -> Naive:
         **settings,
     }
     return Naive(model=net, **settings)
+
+
+RATES = {"lr": 0.02, "temperature": 2e-3, "train_mb_size": 16, "eval_mb_size": 80, "eval_every": -1}
+
+
+def euler_lagrange(net: nn.Module, **settings: Any) -> EulerLagrange:
+    return EulerLagrange(model=net, **{**RATES, "evaluator": evaluator(), **settings})
+
+
+def continual_backprop(net: nn.Module, **settings: Any) -> ContinualBackprop:
+    settings = {
+        "optimizer": torch.optim.Adam(net.parameters(), lr=2e-3),
+        "replacement_rate": 0.02,
+        "maturity": 3,
+        "train_mb_size": 16,
+        "eval_mb_size": 80,
+        "evaluator": evaluator(),
+        **settings,
+    }
+    return ContinualBackprop(model=net, **settings)

@@ -1,0 +1,289 @@
+"""The interventions that act on all weights or on the inputs: what each of them exists for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import assert_same_tensors, backward, batch, convnet, mlp, train
+from scipy import stats
+from torch import nn
+
+from clagrange import gaussianize, replicas
+from clagrange.gaussian import gaussian_parameters
+from clagrange.interventions import FullReset, InputNormalization, L2Init, ShrinkAndPerturb, VarianceInjection
+from clagrange.networks import initialize, mlp as package_mlp
+from clagrange.optim import EulerLagrange
+
+
+def sgd(net: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
+
+
+def values(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+# -------------------------------------------------------------------------------------- shrink and perturb
+def test_shrink_and_perturb_has_its_moments() -> None:
+    """w' = 0.7·w + 0.2·ε in every parameter."""
+    net = nn.Sequential(nn.Linear(100, 60), nn.ReLU(), nn.Linear(60, 10)).double()
+    before, method = values(net), ShrinkAndPerturb(shrink=0.3, noise=0.2)
+    method.on_start(net, sgd(net))
+    method.on_step(net, sgd(net))
+    noise = torch.cat([((p - 0.7 * before[n]) / 0.2).detach().flatten() for n, p in net.named_parameters()])
+    assert stats.kstest(noise.numpy(), "norm").pvalue > 0.01
+
+
+def test_perturbation_alone_and_shrinking_alone() -> None:
+    net = mlp()
+    before = values(net)
+    shrink = ShrinkAndPerturb(shrink=0.25, noise=0.0)
+    shrink.on_start(net, sgd(net))
+    for _ in range(3):
+        shrink.on_step(net, sgd(net))
+    assert_same_tensors(dict(net.state_dict()), {n: v * 0.75**3 for n, v in before.items()}, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("every", ["step", "switch"])
+def test_shrink_and_perturb_acts_at_its_moment_only(every: str) -> None:
+    net, method = mlp(), ShrinkAndPerturb(shrink=0.5, every=every)
+    method.on_start(net, sgd(net))
+    before = values(net)
+    (method.on_switch if every == "step" else method.on_step)(net, sgd(net))
+    assert_same_tensors(dict(net.state_dict()), before)
+    (method.on_step if every == "step" else method.on_switch)(net, sgd(net))
+    assert net[0].weight.norm() < 0.6 * before["0.weight"].norm()
+
+
+def test_frozen_parameters_and_gaussian_state_stay() -> None:
+    net, method = gaussianize(mlp()), ShrinkAndPerturb(shrink=0.5, noise=0.1)
+    net[2].weight.requires_grad_(False)
+    before = values(net)
+    method.on_start(net, sgd(net))
+    method.on_step(net, sgd(net))
+    for name, value in net.state_dict().items():
+        stays = name == "2.weight" or "_precision" in name
+        assert torch.equal(value, before[name]) == stays, name
+
+
+# ----------------------------------------------------------------------------------------------- L2 init
+def test_l2_init_equals_the_gradient_of_the_penalty() -> None:
+    net, explicit = mlp(), mlp()
+    start = [parameter.detach().clone() for parameter in explicit.parameters()]
+    optimizers = sgd(net), sgd(explicit)
+    method = L2Init(0.3)
+    method.on_start(net, optimizers[0])
+    for step in range(10):
+        backward(net, optimizers[0], *batch(step))
+        method.on_gradient(net, optimizers[0])
+        optimizers[0].step()
+        optimizers[1].zero_grad()
+        inputs, targets = batch(step)
+        penalty = sum((p - s).square().sum() for p, s in zip(explicit.parameters(), start, strict=True))
+        (nn.functional.cross_entropy(explicit(inputs), targets) + 0.15 * penalty).backward()
+        optimizers[1].step()
+    assert_same_tensors(dict(net.state_dict()), dict(explicit.state_dict()), rtol=1e-11, atol=1e-12)
+
+
+def test_l2_init_pulls_back() -> None:
+    """Without a loss the distance to the first weights shrinks by 1 − lr·strength at each step."""
+    net = mlp()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    method = L2Init(2.0)
+    method.on_start(net, optimizer)
+    start = values(net)
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (0 * net(batch()[0])).sum().backward()
+        method.on_gradient(net, optimizer)
+        optimizer.step()
+    torch.testing.assert_close(net[0].weight - start["0.weight"], torch.full((6, 5), 0.8**5, dtype=torch.float64))
+
+
+def test_l2_init_leaves_parameters_without_gradient() -> None:
+    net, method = mlp(), L2Init(1.0)
+    net[0].weight.requires_grad_(False)
+    optimizer = sgd(net)
+    method.on_start(net, optimizer)
+    backward(net, optimizer, *batch())
+    method.on_gradient(net, optimizer)
+    assert net[0].weight.grad is None
+    assert "0.weight" not in method.state
+
+
+def test_l2_init_takes_in_a_layer_that_comes_later() -> None:
+    net, method = mlp(), L2Init(1.0)
+    optimizer = sgd(net)
+    method.on_start(net, optimizer)
+    train(net, optimizer, range(3))
+    first = method.state["0.weight"].clone()
+    net[4] = nn.Linear(4, 7).double()
+    method.on_start(net, sgd(net))
+    torch.testing.assert_close(method.state["0.weight"], first, rtol=0, atol=0)
+    torch.testing.assert_close(method.state["4.weight"], net[4].weight.detach(), rtol=0, atol=0)
+
+
+# -------------------------------------------------------------------------------------------- full reset
+@pytest.mark.parametrize("make", [mlp, convnet])
+def test_full_reset_is_a_fresh_network(make) -> None:  # noqa: ANN001
+    net = gaussianize(make(), prior_variance=0.4)
+    optimizer, method = EulerLagrange(net, lr=0.02, temperature=1e-3), FullReset(seed=11)
+    method.on_start(net, optimizer)
+    if make is mlp:
+        train(net, optimizer, range(4))
+    with torch.no_grad():
+        for _, mean, precision in gaussian_parameters(net):
+            mean.add_(5.0)
+            precision.precision.mul_(3.0)
+            precision.curvature.add_(1.0)
+    method.on_switch(net, optimizer)
+    fresh = make(5)
+    initialize(fresh, torch.Generator().manual_seed(11))
+    assert_same_tensors(dict(net.state_dict()), dict(gaussianize(fresh, prior_variance=0.4).state_dict()))
+
+
+def test_full_reset_clears_the_optimizer_and_draws_anew_every_time() -> None:
+    net, method = mlp(), FullReset(seed=11)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    method.on_start(net, optimizer)
+    seen = []
+    for _ in range(2):
+        train(net, optimizer, range(3))
+        assert optimizer.state
+        method.on_switch(net, optimizer)
+        assert not optimizer.state
+        seen.append(net[0].weight.detach().clone())
+    assert not torch.equal(*seen)
+    train(net, optimizer, range(3))
+
+
+def test_full_reset_of_normalisation_layers() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    optimizer, method = sgd(net), FullReset()
+    method.on_start(net, optimizer)
+    train(net, optimizer, range(3))
+    method.on_switch(net, optimizer)
+    assert not net[1].running_mean.any()
+    assert (net[1].running_var == 1).all()
+    assert (net[1].weight == 1).all()
+
+
+def test_full_reset_names_a_layer_that_it_cannot_draw() -> None:
+    net, method = nn.Sequential(nn.Embedding(4, 5), nn.Linear(5, 3)), FullReset()
+    method.on_start(net, sgd(net))
+    with pytest.raises(ValueError, match=r"network: layer '0' of type Embedding cannot be drawn afresh"):
+        method.on_switch(net, sgd(net))
+
+
+def test_he_uniform_initialisation() -> None:
+    net = package_mlp(64, [80], 10, seed=3)
+    first = net[1].weight.detach().flatten().numpy()
+    bound = math.sqrt(6 / 64)
+    assert stats.kstest(first, stats.uniform(-bound, 2 * bound).cdf).pvalue > 0.01
+    assert not net[1].bias.any()
+    assert_same_tensors(dict(package_mlp(64, [80], 10, seed=3).state_dict()), dict(net.state_dict()))
+    assert not torch.equal(package_mlp(64, [80], 10, seed=4)[1].weight, net[1].weight)
+
+
+# -------------------------------------------------------------------------------------- input normalisation
+def test_input_normalization_equals_the_statistics_of_all_data_so_far() -> None:
+    net, method = nn.Sequential(nn.Identity(), nn.Linear(5, 2)).double(), InputNormalization(eps=1e-3)
+    entering = []
+    net[0].register_forward_pre_hook(lambda _, args: entering.append(args[0].numpy()))
+    method.on_start(net, sgd(net))
+    everything = np.empty((0, 5))
+    for step, size in enumerate([3, 8, 1, 5]):
+        inputs = 3 * batch(step, size)[0] + 100 * step + torch.arange(5)
+        net(inputs)
+        everything = np.concatenate([everything, inputs.numpy()])
+        expected = (inputs.numpy() - everything.mean(0)) / np.sqrt(everything.var(0) + 1e-3)
+        np.testing.assert_allclose(entering[-1], expected, rtol=1e-9, atol=1e-9)
+    assert method.state["count"] == 17
+
+
+def test_evaluation_uses_the_statistics_and_leaves_them() -> None:
+    net, method = nn.Sequential(nn.Identity(), nn.Linear(5, 2)).double(), InputNormalization()
+    entering = []
+    net[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    method.on_start(net, sgd(net))
+    other = batch(9)[0]
+    net.eval()
+    net(other)
+    assert torch.equal(entering[-1], other)  # nothing seen yet: unchanged
+    net.train()
+    net(batch(0)[0])
+    state = {name: torch.as_tensor(value).clone() for name, value in method.state.items()}
+    net.eval()
+    net(other)
+    expected = (other - state["mean"]) / (state["variance"] + 1e-4).sqrt()
+    torch.testing.assert_close(entering[-1], expected)
+    assert_same_tensors({n: torch.as_tensor(v) for n, v in method.state.items()}, state)
+
+
+def test_images_are_normalised_pixel_by_pixel() -> None:
+    net, method = convnet(), InputNormalization()
+    entering = []
+    net[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    method.on_start(net, sgd(net))
+    inputs = torch.randn(16, 2, 6, 6, dtype=torch.float64) * 5 + 2
+    net(inputs)
+    torch.testing.assert_close(
+        entering[-1], (inputs - inputs.mean(0)) / (inputs.var(0, correction=0) + 1e-4).sqrt()
+    )
+
+
+def test_each_replica_has_its_own_statistics() -> None:
+    net, method = replicas.stack([mlp(seed) for seed in range(2)]), InputNormalization()
+    method.on_start(net, sgd(net))
+    inputs = torch.stack([batch(0)[0], 10 * batch(1)[0] + 3])
+    net(inputs)
+    torch.testing.assert_close(method.state["mean"], inputs.mean(1))
+    torch.testing.assert_close(method.state["variance"], inputs.var(1, correction=0))
+
+
+# -------------------------------------------------------------------------------------- variance injection
+def test_variance_injection_at_a_switch_only_and_in_its_layers() -> None:
+    net = gaussianize(mlp())
+    optimizer, method = sgd(net), VarianceInjection(strength=1.0, widen=0.5, layers=["4"], seed=2)
+    method.on_start(net, optimizer)
+    net[4].weight_precision.precision.mul_(8.0)
+    before = values(net)
+    method.on_gradient(net, optimizer)
+    method.on_step(net, optimizer)
+    assert_same_tensors(dict(net.state_dict()), before)
+    method.on_switch(net, optimizer)
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"4.weight", "4.bias", "4.weight_precision.precision"}
+
+
+def test_what_the_loss_holds_survives_the_switch() -> None:
+    """A weight of 4 inputs of which the data determine two: those stay, the others are drawn afresh."""
+    layer = gaussianize(nn.Linear(4, 500, bias=False).double(), prior_mean="initial")
+    optimizer = EulerLagrange(layer, lr=0.05, temperature=1e-5, variance_rate=0.2)
+    method = VarianceInjection(strength=1.0)
+    method.on_start(layer, optimizer)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        inputs = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+        inputs[:, 2:] = 0.0
+        optimizer.zero_grad()
+        noise = torch.randn(8, 500, generator=generator, dtype=torch.float64)
+        (layer(inputs) - noise).square().sum(-1).mean().backward()
+        optimizer.step()
+    before = layer.weight.detach().clone()
+    method.on_switch(layer, optimizer)
+    moved = (layer.weight.detach() - before).square().mean(0).sqrt()
+    deviation = math.sqrt(2 / 4)
+    assert (moved[:2] < 0.02 * deviation).all()
+    fresh = (layer.weight.detach() - layer.weight_precision.prior_mean)[:, 2:]
+    assert stats.kstest(fresh.flatten().numpy(), stats.norm(0, deviation).cdf).pvalue > 0.01
+
+
+def test_variance_injection_needs_gaussian_weights() -> None:
+    net, method = mlp(), VarianceInjection()
+    method.on_start(net, sgd(net))
+    with pytest.raises(ValueError, match=r"call clagrange.gaussianize\(module\) first"):
+        method.on_switch(net, sgd(net))

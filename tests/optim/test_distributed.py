@@ -1,0 +1,67 @@
+"""Two processes under DistributedDataParallel equal one process with the joint batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cases import assert_same_tensors, batch, mlp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clagrange import gaussianize
+from clagrange.distributed import mean_over_processes, process_count
+from clagrange.interventions import ContinualBackprop
+from clagrange.optim import EulerLagrange
+
+REDUCTIONS = ("mean", "sum")
+STEPS = 12
+
+
+def run(reduction: str, rank: int | None) -> dict[str, torch.Tensor]:
+    """Train on the whole of each batch (rank None), or on the half of a process."""
+    net = gaussianize(mlp(rank or 0))  # processes start apart: DistributedDataParallel takes rank 0's weights
+    model: nn.Module = net if rank is None else DistributedDataParallel(net)
+    optimizer = EulerLagrange(net, lr=0.05, temperature=1e-3, loss_reduction=reduction)
+    method = ContinualBackprop(replacement_rate=0.2, maturity=3)
+    method.on_start(net, optimizer)
+    part = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
+    for step in range(STEPS):
+        inputs, targets = batch(step, size=8)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs[part]), targets[part], reduction=reduction).backward()
+        optimizer.step()
+        method.on_step(net, optimizer)
+    return net.state_dict()
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        mean = mean_over_processes(torch.tensor([float(rank)]))
+        results = {reduction: run(reduction, rank) for reduction in REDUCTIONS}
+        torch.save({"count": process_count(), "half": mean, **results}, Path(folder, str(rank)))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_the_joint_batch(tmp_path: Path) -> None:
+    """For mean and sum losses, with continual backprop replacing the same units in both processes."""
+    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
+    assert first["count"] == second["count"] == 2
+    assert first["half"] == second["half"] == 0.5
+    for reduction in REDUCTIONS:
+        assert_same_tensors(dict(second[reduction]), dict(first[reduction]))
+        joint = run(reduction, None)
+        assert_same_tensors(dict(first[reduction]), dict(joint), rtol=1e-10, atol=1e-10)
+        assert (joint["2.weight"] == 0).any()  # a unit was replaced at the end
+
+
+def test_one_process_is_its_own_mean() -> None:
+    value = torch.ones(2)
+    assert process_count() == 1
+    assert mean_over_processes(value) is value

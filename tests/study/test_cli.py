@@ -1,0 +1,216 @@
+"""The command line from end to end: one-line errors, interruption, resumption, identical results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from clagrange.cli import main
+from clagrange.study.results import METRICS
+
+STUDY = {
+    "seeds": 2,
+    "streams": {
+        "permuted_digits": {
+            "stream": {"tasks": 4, "examples": 80},
+            "hidden": [8],
+            "methods": {"sgd": {}, "continual_backprop": {}, "euler_lagrange_injection": {}},
+        }
+    },
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(STUDY))
+    return str(path)
+
+
+def rows(folder: Path):
+    tables = [pq.read_table(path) for path in sorted((folder / "results").glob("*.parquet"))]
+    return [repr(table.to_pydict()) for table in tables]  # as text, where nan equals nan
+
+
+def test_compare_writes_everything_that_it_promises(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compare", config, "--out", str(out), "--workers", "1"]) == 0
+    assert "euler_lagrange_injection" in capsys.readouterr().out
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.yaml",
+        "results",
+        "summary.json",
+        "accuracy.png",
+        "plasticity.png",
+        "report.html",
+        "tensorboard",
+    }
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["schema"], summary["status"]) == (1, "complete")
+    stream = summary["streams"][0]
+    assert (stream["name"], stream["tasks"]) == ("permuted_digits", 4)
+    for method in stream["methods"]:
+        assert set(method) >= {
+            "name",
+            "told_of_switches",
+            "seeds",
+            "online_accuracy",
+            "first_tenth",
+            "last_tenth",
+            "model_steps_per_second",
+            "seconds",
+            "diverged",
+        }
+        assert method["seeds"] == [0, 1]
+        low, mean, high = (method["online_accuracy"][key] for key in ("low", "mean", "high"))
+        assert low <= mean <= high
+    table = pq.read_table(out / "results" / "permuted_digits.sgd.parquet").to_pydict()
+    assert set(table) == {"stream", "method", "seed", "task", *METRICS}
+    assert len(table["task"]) == 8
+    assert yaml.safe_load((out / "config.yaml").read_text())["streams"]["permuted_digits"]["stream"]["batch_size"] == 4
+
+
+def test_a_used_folder_is_refused_resumed_or_replaced(config, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["compare", config, "--out", out, "--methods", "sgd", "--workers", "1"]) == 0
+    before = rows(Path(out))
+    assert main(["compare", config, "--out", out, "--methods", "sgd"]) == 2
+    assert "already holds a study" in capsys.readouterr().err
+    assert main(["compare", config, "--out", out, "--methods", "sgd", "--resume"]) == 0
+    assert rows(Path(out)) == before
+    assert main(["compare", config, "tasks=1", "--out", out, "--methods", "sgd", "--resume"]) == 2
+    assert "tasks is 4 there and 1 here" in capsys.readouterr().err
+    assert main(["compare", config, "tasks=1", "--out", out, "--methods", "sgd", "--overwrite"]) == 0
+    assert pq.read_table(Path(out) / "results" / "permuted_digits.sgd.parquet").num_rows == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    assert main(["compare", config, "--out", str(tmp_path / "mine"), "--overwrite"]) == 2
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "{config}", "--methods", "sdg"], "did you mean 'sgd'?"),
+        (["compare", "{config}", "euler_lagrange_injection.temperature=-1"], "temperature: expected a number in"),
+        (["compare", "nowhere.yaml"], "No such file"),
+        (["compare", "{config}", "--out", "{config}"], "expected a folder, got the file"),
+        (["compare", "{config}", "--out", "/dev/null/x"], "cannot be written"),
+        (["compare", "{config}", "--workers", "0"], "workers: expected"),
+        (["compare", "{config}", "--resume", "--overwrite"], "choose one"),
+        (["compare", "{config}", "--ouy", "x"], "unrecognized arguments"),
+        (["comprae"], "invalid choice"),
+        (["report", "nowhere"], "expected the folder of a study"),
+        (["list", "method"], "did you mean 'methods'?"),
+    ],
+)
+def test_bad_input_gives_one_line_and_writes_nothing(config, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert main([argument.format(config=config) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("clagrange: ")
+    assert error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_report_again_gives_the_same_summary(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compare", config, "--out", str(out), "--methods", "sgd", "--workers", "1"]) == 0
+    before = (out / "summary.json").read_text()
+    (out / "report.html").unlink()
+    (out / "accuracy.png").unlink()
+    capsys.readouterr()
+    assert main(["report", str(out), "--markdown"]) == 0
+    assert "| **sgd** | no |" in capsys.readouterr().out
+    assert (out / "summary.json").read_text() == before
+    assert (out / "report.html").exists()
+    assert (out / "accuracy.png").exists()
+
+
+def test_a_damaged_result_is_named(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compare", config, "--out", str(out), "--methods", "sgd", "--workers", "1"]) == 0
+    path = out / "results" / "permuted_digits.sgd.parquet"
+    path.write_bytes(b"PAR1")
+    assert main(["report", str(out)]) == 2
+    assert "permuted_digits.sgd.parquet" in capsys.readouterr().err
+    path.unlink()
+    assert main(["compare", config, "--out", str(out), "--methods", "sgd", "--resume", "--workers", "1"]) == 0
+
+
+def test_lists_are_complete_and_readable_by_programs(capsys):
+    from clagrange.study.methods import METHODS
+
+    assert main(["list", "methods", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in listed] == list(METHODS)
+    assert all(entry["summary"] and entry["source"] and "lr" in entry["parameters"] for entry in listed)
+    assert main(["list", "streams"]) == 0
+    assert "permuted_mnist" in capsys.readouterr().out
+    assert main(["list", "metrics"]) == 0
+    assert "effective_rank" in capsys.readouterr().out
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "clagrange", *arguments]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_keeps_finished_tasks_and_resume_is_identical(config, tmp_path, workers):
+    study = ["compare", config, "tasks=40", "examples=800", "--workers", str(workers)]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(*study, "--out", str(whole)), check=True, capture_output=True)
+    process = subprocess.Popen(
+        command(*study, "--out", str(broken)), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(broken.glob("checkpoints/*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.startswith("clagrange: interrupted; ")
+    assert error.count("\n") == 1
+    assert "--resume" in error
+    assert list(broken.glob("checkpoints/*.pt")) or list(broken.glob("results/*.parquet"))
+    assert json.loads((broken / "summary.json").read_text())["status"] == "interrupted"
+    subprocess.run(command(*study, "--out", str(broken), "--resume"), check=True, capture_output=True)
+    assert rows(broken) == rows(whole)
+    assert json.loads((broken / "summary.json").read_text())["status"] == "complete"
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_at_most_the_task_under_way(config, tmp_path):
+    study = ["compare", config, "tasks=12", "examples=400", "--workers", "1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(*study, "--out", str(whole)), check=True, capture_output=True)
+    for attempt in range(4):
+        process = subprocess.Popen(
+            command(*study, "--out", str(broken), "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(3.0 + 0.37 * attempt)
+        process.kill()
+        process.wait()
+    subprocess.run(command(*study, "--out", str(broken), "--resume"), check=True, capture_output=True)
+    assert rows(broken) == rows(whole)
+    assert not list(broken.rglob(".*"))
+
+
+@pytest.mark.slow
+def test_results_do_not_depend_on_the_number_of_workers(config, tmp_path):
+    for workers in ("1", "2"):
+        out = str(tmp_path / workers)
+        subprocess.run(command("compare", config, "--out", out, "--workers", workers), check=True)
+    assert rows(tmp_path / "1") == rows(tmp_path / "2")

@@ -1,0 +1,138 @@
+"""Study files: what is read, overridden, refused, and written out again."""
+
+import math
+
+import pytest
+import yaml
+
+from clagrange.study.settings import METHODS, STREAMS, SettingsError, load_study
+
+STUDY = {
+    "seeds": 2,
+    "streams": {
+        "digits": {
+            "stream": {"kind": "permuted_digits", "tasks": 3, "examples": 80},
+            "hidden": [8],
+            "methods": {
+                "sgd": {"lr": 0.1},
+                "strong": {"kind": "euler_lagrange", "lr": "1e-3", "discount": math.inf},
+            },
+        },
+        "random_label_digits": {"stream": {"tasks": 2}, "methods": {"sgd": None}},
+    },
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(STUDY))
+    return file
+
+
+def test_names_defaults_and_kinds(path):
+    study = load_study(path)
+    assert study.seeds == (0, 1)
+    assert study.runs() == [("digits", "sgd"), ("digits", "strong"), ("random_label_digits", "sgd")]
+    assert study.streams["digits"].methods["strong"] == METHODS["euler_lagrange"](lr=1e-3)
+    assert study.streams["digits"].stream(7).seed == 7
+    assert study.streams["random_label_digits"].hidden == (64, 64)
+
+
+def test_resolved_settings_make_the_same_study(path, tmp_path):
+    study = load_study(path)
+    again = tmp_path / "resolved.yaml"
+    again.write_text(yaml.safe_dump(study.resolved()))
+    assert load_study(again) == study
+
+
+def test_keys_tell_runs_apart_by_all_that_determines_them(path):
+    study = load_study(path)
+    assert study.key("digits", "sgd") == load_study(path).key("digits", "sgd")
+    others = [
+        study.key("digits", "strong"),
+        load_study(path, ["digits.methods.sgd.lr=0.2"]).key("digits", "sgd"),
+        load_study(path, ["digits.stream.tasks=4"]).key("digits", "sgd"),
+        load_study(path, ["seeds=3"]).key("digits", "sgd"),
+        load_study(path, ["hidden=[9]"]).key("digits", "sgd"),
+    ]
+    assert len({study.key("digits", "sgd"), *others}) == 6
+
+
+def test_an_override_sets_every_path_that_ends_so(path):
+    study = load_study(path, ["tasks=1", "sgd.lr=0.5"])
+    assert [body.settings["tasks"] for body in study.streams.values()] == [1, 1]
+    assert [body.methods["sgd"].lr for body in study.streams.values()] == [0.5, 0.5]
+
+
+def test_an_override_may_set_what_the_file_leaves_to_its_default(path):
+    assert load_study(path, ["strong.trust_region=2"]).streams["digits"].methods["strong"].trust_region == 2.0
+
+
+def test_filters_keep_the_order_of_the_file(path):
+    assert load_study(path, methods=["sgd"]).runs() == [("digits", "sgd"), ("random_label_digits", "sgd")]
+    assert load_study(path, streams=["digits"], methods=["strong", "sgd"]).runs() == [
+        ("digits", "sgd"),
+        ("digits", "strong"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["strong.temperature=-1"], r"digits\.strong: temperature: expected a number in \(0, inf\), got -1"),
+        (["strong.temperature=hot"], r"digits\.methods\.strong: .*temperature.*float.*hot"),
+        (["strong.lrr=1"], r"got 'lrr'; did you mean 'lr'\?"),
+        (["taks=1"], r"got 'taks'; did you mean 'tasks'\?"),
+        (["tasks"], "expected key=value, got 'tasks'"),
+        (["tasks=0"], "tasks: expected a whole number of at least 1, got 0"),
+        (["examples=2000"], "at most the 1797 digits"),
+        (["seeds=0"], "seeds: expected a number of at least 1"),
+        (["seeds=[1, 1]"], "seeds: expected .* different seeds"),
+        (["hidden=[0]"], "hidden: expected a list of widths"),
+        (["digits.stream.seed=3"], "expected no seed"),
+        (["stream.kind=permuted_digit"], "did you mean 'permuted_digits'?"),
+        (["strong.kind=euler"], "streams.digits.methods.strong: expected one of"),
+        (["strong.lr=.nan"], r"expected a number, got nan|expected a number in"),
+    ],
+)
+def test_bad_settings_are_named_in_one_line(path, overrides, message):
+    with pytest.raises(SettingsError, match=message) as error:
+        load_study(path, overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_method_is_named_with_the_nearest(path):
+    with pytest.raises(SettingsError, match=r"methods: .*got 'sdg'; did you mean 'sgd'\?"):
+        load_study(path, methods=["sdg"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds: [", "is not valid YAML"),
+        ("3", "study: expected a mapping"),
+        ("seeds: 1", "study: expected a setting 'streams'"),
+        ("seeds: 1\nstreams: {}", "streams: expected a mapping with at least one entry"),
+        ("seeds: 1\nstreams: {permuted_digits: {methods: {}}}", "methods: expected a mapping"),
+        ("seeds: 1\nstreams: {permuted_digits: {method: {sgd: {}}}}", "did you mean 'methods'?"),
+        ("!!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        load_study(file)
+
+
+def test_a_missing_file_is_named_with_what_there_is():
+    with pytest.raises(SettingsError, match=r"one of demo.*got 'dmo'.*did you mean 'demo'\?"):
+        load_study("dmo")
+
+
+def test_the_packaged_demo_names_every_registered_method():
+    study = load_study("demo")
+    for body in study.streams.values():
+        assert set(body.methods) == set(METHODS)
+    assert set(study.streams) <= set(STREAMS)
