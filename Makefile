@@ -21,7 +21,7 @@ demo: $(READY)  ## methods against each other on two real streams: table, plots,
 	$(BIN)/clagrange compare configs/demo.yaml --out runs/demo --overwrite
 
 readme: $(READY)  ## put the table and picture of runs/demo into the README
-	$(BIN)/python docs/readme.py runs/demo
+	$(BIN)/python benchmarks/readme.py runs/demo
 
 test: $(READY) lint  ## fast tests, lint and types
 	$(BIN)/pytest

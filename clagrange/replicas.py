@@ -65,16 +65,15 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             f"{tuple(weight.shape)}, got {tuple(inputs.shape)}"
         )
     flat = inputs.flatten(1, -2)
-    product: Tensor = (
-        torch.bmm(flat, weight.mT) if bias is None else torch.baddbmm(bias[:, None], flat, weight.mT)
-    )
-    return product.reshape((*inputs.shape[:-1], weight.shape[1]))
+    product = torch.bmm(flat, weight.mT) if bias is None else torch.baddbmm(bias[:, None], flat, weight.mT)
+    return product.view(*inputs.shape[:-1], -1)
 
 
 def conv2d(layer: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution with the settings of ``layer``; with a leading replica dimension a grouped one."""
     if weight.dim() == 4:
-        return layer._conv_forward(inputs, weight, bias)
+        output: Tensor = layer._conv_forward(inputs, weight, bias)
+        return output
     if inputs.dim() != 5:
         raise ValueError(
             f"expected inputs of shape (replicas, batch, channels, height, width) for a stacked convolution, "

@@ -58,7 +58,7 @@ LAYERS = {
 }
 
 
-def random_layers(make, seed: int = 0) -> list[nn.Module]:  # noqa: ANN001
+def random_layers(make, seed: int = 0) -> list[nn.Module]:
     """R layers with random parameters."""
     generator = torch.Generator().manual_seed(seed)
     layers = [nn.Sequential(make()).double() for _ in range(R)]
@@ -69,7 +69,7 @@ def random_layers(make, seed: int = 0) -> list[nn.Module]:  # noqa: ANN001
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-def test_stacked_layer_equals_single_ones(make, shape: tuple[int, ...]) -> None:  # noqa: ANN001
+def test_stacked_layer_equals_single_ones(make, shape: tuple[int, ...]) -> None:
     """Outputs, gradients of inputs and parameters, and statistics: three batches in training, one after it."""
     layers = random_layers(make)
     stacked = stack(layers)
@@ -99,7 +99,7 @@ def test_every_stacked_form_is_tested() -> None:
 
 @pytest.mark.parametrize("make", [mlp, convnet])
 @pytest.mark.parametrize("gaussian", [False, True])
-def test_unstack_is_the_inverse_of_stack(make, gaussian: bool) -> None:  # noqa: ANN001
+def test_unstack_is_the_inverse_of_stack(make, gaussian: bool) -> None:
     nets = [gaussianize(make(seed)) if gaussian else make(seed) for seed in range(R)]
     stacked = stack(nets)
     again = unstack(stacked)
@@ -174,7 +174,9 @@ def test_the_network_itself_without_stacked_form_is_refused() -> None:
 
 
 def test_different_structures_and_none_at_all_are_refused() -> None:
-    with pytest.raises(ValueError, match="networks: expected one structure, but network 2 differs from network 0"):
+    with pytest.raises(
+        ValueError, match="networks: expected one structure, but network 2 differs from network 0"
+    ):
         stack([nn.Linear(4, 2), nn.Linear(4, 2), nn.Linear(4, 3)])
     with pytest.raises(ValueError, match="network 1 differs"):
         stack([nn.Linear(4, 2), nn.Linear(4, 2, bias=False)])
@@ -189,7 +191,7 @@ def test_different_structures_and_none_at_all_are_refused() -> None:
 @pytest.mark.parametrize(
     "layers", [(nn.ReLU(), nn.Tanh()), (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)), (nn.AvgPool2d(2), nn.AvgPool2d(3))]
 )
-def test_networks_that_differ_only_in_a_layer_without_parameters_are_refused(layers) -> None:  # noqa: ANN001
+def test_networks_that_differ_only_in_a_layer_without_parameters_are_refused(layers) -> None:
     with pytest.raises(ValueError, match="network 1 differs"):
         stack([nn.Sequential(nn.Linear(4, 4), layer) for layer in layers])
 
@@ -239,7 +241,7 @@ def test_wrong_number_of_streams_is_refused(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("make", [mlp, convnet])
-def test_initialisation_of_a_stack_equals_single_ones(make) -> None:  # noqa: ANN001
+def test_initialisation_of_a_stack_equals_single_ones(make) -> None:
     stacked = stack([make(9) for _ in range(R)])
     initialize(stacked, generators_from_seeds(range(R)))
     for seed, single in enumerate(unstack(stacked)):
@@ -264,4 +266,3 @@ def test_a_stacked_layer_is_the_single_type_too() -> None:
     assert isinstance(stack([nn.Linear(3, 2)]), StackedLinear)
     norms = (nn.BatchNorm1d, nn.BatchNorm2d)
     assert all(issubclass(stacked, single) for single, stacked in STACKED_FORMS.items() if single not in norms)
-

@@ -33,7 +33,8 @@ class PlasticityMonitor(TaskCallback):
 
     They are logged every so many optimizer steps and at the end of training, the accuracy also at the end of
     every task, under Lightning's own step, and are in ``trainer.callback_metrics``. A network that is a stack
-    of replicas is averaged over them; of several processes the first logs its own share. Training is left as it is: weights are the same with and without it.
+    of replicas is averaged over them; of several processes the first logs its own share. Training is left as it
+    is: weights are the same with and without the monitor.
 
     Args:
         every_n_steps: optimizer steps from one measurement to the next.

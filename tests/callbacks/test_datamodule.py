@@ -78,7 +78,8 @@ def run(
     for number in range(first, data.stream.tasks if mode == "task" else first + 1):
         extra = [Save(folder / str(number))] if save else []
         if mode == "task":
-            data.start(number)
+            if checkpoint is None or number > first:  # else the checkpoint says which task
+                data.start(number)
             settings["max_epochs"] = data.stream.epochs
         elif mode == "reload":
             settings = {
@@ -131,7 +132,7 @@ def experiment(method: str, mode: str, epochs: int) -> tuple[pl.LightningModule,
     network, optimizer, callbacks = METHODS[method]
     return (
         Classifier(network(), optimizer),
-        [*callbacks(), PlasticityMonitor(every_n_steps=7, probe_examples=10)],
+        [*callbacks(), PlasticityMonitor(every_n_steps=7)],
         stream(epochs).as_datamodule(mode=mode),
     )
 
@@ -154,9 +155,10 @@ def test_a_run_that_resumes_ends_with_the_same_weights(
         resumed, callbacks_again, data = experiment(method, mode, epochs)
         run(mode, data, resumed, callbacks_again, tmp_path / "again", checkpoint=tmp_path / name)
         torch.testing.assert_close(weights(resumed), whole, rtol=1e-8, atol=0.0)
-        accuracy = [callback.state_dict() for callback in (callbacks[1], callbacks_again[1])]
-        assert accuracy[0]["correct"] == accuracy[1]["correct"]
-        assert accuracy[0]["task"] == accuracy[1]["task"] == 2
+        watched, again = (callback.state_dict() for callback in (callbacks[1], callbacks_again[1]))
+        assert watched["correct"] == again["correct"]
+        assert torch.equal(torch.cat(watched["probes"]), torch.cat(again["probes"]))
+        assert watched["task"] == again["task"] == 2
 
 
 # the folder has the checkpoints of the first run, the point of the test

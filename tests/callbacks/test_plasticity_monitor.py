@@ -28,10 +28,17 @@ def stream(tasks: int = 2) -> DoubleDigits:
     return DoubleDigits(tasks=tasks, examples=4 * STEPS, batch_size=4, seed=2)
 
 
+class Noise(nn.Module):
+    """Noise, also in evaluation mode."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + 0.01 * torch.randn_like(inputs)
+
+
 def noisy() -> nn.Module:
-    """Dropout, running statistics, Gaussian layers: everything that a second forward pass could disturb."""
+    """Noise, dropout, running statistics, Gaussian layers: all that a second forward pass could disturb."""
     torch.manual_seed(4)
-    layers = nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, 10)
+    layers = nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), Noise(), nn.Dropout(0.3), nn.Linear(12, 10)
     return clagrange.gaussianize(nn.Sequential(*layers).double())
 
 
@@ -131,6 +138,25 @@ def test_probes_are_seen_as_the_network_sees_them(tmp_path: Path) -> None:
     assert float(made.callback_metrics["plasticity/effective_rank"]) == pytest.approx(
         float(effective_rank(features)), rel=1e-5
     )
+
+
+def test_only_the_pass_that_trains_counts(tmp_path: Path) -> None:
+    class LooksFirst(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.net.eval()
+            self.net(torch.zeros(9, 64).double())
+            self.net.train()
+            loss = super().training_step(batch, batch_idx)
+            self.net(torch.ones(9, 64).double())
+            return loss
+
+    ends = []
+    for kind in (Classifier, LooksFirst):
+        monitor = PlasticityMonitor()
+        trainer(tmp_path, callbacks=[monitor]).fit(kind(plain_mlp(), momentum), stream().as_datamodule())
+        ends.append(monitor.state_dict())
+    assert ends[0]["correct"] == ends[1]["correct"] > 0
+    assert torch.equal(torch.cat(ends[0]["probes"]), torch.cat(ends[1]["probes"]))
 
 
 def test_stacked_networks_are_averaged(tmp_path: Path) -> None:

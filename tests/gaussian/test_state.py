@@ -95,7 +95,7 @@ def test_gaussian_checkpoint_of_a_stacked_network_loads() -> None:
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
 )
-def test_copies_keep_the_link_and_train(clone) -> None:  # noqa: ANN001
+def test_copies_keep_the_link_and_train(clone) -> None:
     net = trained()
     copied = clone(net)
     assert_same_tensors(dict(copied.state_dict()), dict(net.state_dict()))

@@ -17,7 +17,9 @@ from clagrange.optim import EulerLagrange
 from clagrange.wiring import Connection, connections
 
 
-def step(net: nn.Module, optimizer: Optimizer, method: ContinualBackprop, inputs: Tensor, targets: Tensor) -> None:
+def step(
+    net: nn.Module, optimizer: Optimizer, method: ContinualBackprop, inputs: Tensor, targets: Tensor
+) -> None:
     backward(net, optimizer, inputs, targets)
     optimizer.step()
     method.on_step(net, optimizer)
@@ -163,7 +165,7 @@ class Watcher:
         for link in links:
             link.consumer.register_forward_pre_hook(self._hook(link.name))
 
-    def _hook(self, name: str):  # noqa: ANN202
+    def _hook(self, name: str):
         def note(_: nn.Module, args: tuple[Tensor]) -> None:
             self.entering[name] = args[0].detach()
 
@@ -187,7 +189,7 @@ def as_units(link: Connection, entering: Tensor) -> tuple[np.ndarray, np.ndarray
 
 @pytest.mark.parametrize("utility", ["contribution", "zero_contribution", "adaptable_contribution"])
 @pytest.mark.parametrize(("make", "data"), [(mlp, batch), (convnet, images)], ids=["linear", "convolution"])
-def test_utilities_and_choice_against_the_oracle(utility: str, make, data) -> None:  # noqa: ANN001
+def test_utilities_and_choice_against_the_oracle(utility: str, make, data) -> None:
     """40 training steps; after each, ages, averages, utilities and the replaced units agree."""
     net = make()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
@@ -261,7 +263,7 @@ def snapshot(net: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["Adam", "SGD", "EulerLagrange"])
 @pytest.mark.parametrize("make", [mlp, convnet], ids=["linear", "convolution"])
-def test_exactly_the_entries_of_the_replaced_unit_are_reset(kind: str, make) -> None:  # noqa: ANN001
+def test_exactly_the_entries_of_the_replaced_unit_are_reset(kind: str, make) -> None:
     net = gaussianize(make()) if kind == "EulerLagrange" else make()
     data = batch if make is mlp else images
     optimizer = optimizer_for(kind, net)
@@ -315,43 +317,46 @@ def test_exactly_the_entries_of_the_replaced_unit_are_reset(kind: str, make) -> 
         assert owner_of(net.get_submodule(consumer).weight) is not None
 
 
-@pytest.mark.parametrize(("make", "data"), [(mlp, batch), (convnet, images)], ids=["linear", "convolution"])
-def test_the_mean_input_of_the_next_layer_does_not_jump(make, data) -> None:  # noqa: ANN001
-    """With weights at rest f̂ is the mean activation, so what the next bias takes is what the unit gave."""
-    net = make()
-    names = ["0", "2"] if make is mlp else ["2", "5"]
-    method = ContinualBackprop(replacement_rate=0.4, maturity=3, layers=names)
+def start_with_weights_at_rest(
+    net: nn.Module, layers: list[str], inputs: tuple[Tensor, Tensor]
+) -> ContinualBackprop:
+    """Four steps at the end of which some units of the first layer are replaced."""
+    method = ContinualBackprop(replacement_rate=0.4, maturity=3, layers=layers)
     optimizer = still(net)
     method.on_start(net, optimizer)
-    consumer, inputs = net.get_submodule(names[1]), data(size=32)
-    outputs: list[Tensor] = []
-    consumer.register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
-    start, bias = consumer.weight.detach().clone(), consumer.bias.detach().clone()
     for _ in range(4):
         step(net, optimizer, method, *inputs)
-    net(inputs[0])
-    assert (ages(method, names[0]) == 0).any()
-    assert not torch.equal(consumer.weight, start)
-    assert not torch.equal(consumer.bias, bias)
-    # the outputs of every unit of the next layer, averaged over the batch; for a channel that is flattened the
-    # mean contribution is that of the mean over its positions, so there the comparison is with f̂ itself
-    lost = (outputs[0] - outputs[-1]).mean(0)
-    if make is mlp:
-        torch.testing.assert_close(lost, torch.zeros_like(lost), rtol=0, atol=1e-12)
-    else:
-        gone = (ages(method, names[0]) == 0).nonzero().flatten().tolist()
-        activations = net[:4](inputs[0]).detach()  # after the replacement: only to count positions
-        assert activations.shape[2:].numel() == 4
-        mean = net_before_mean(make, inputs[0], gone)
-        moved = sum(start[:, 4 * unit : 4 * unit + 4].sum(1) * mean[unit] for unit in gone)
-        torch.testing.assert_close(consumer.bias - bias, moved)
+    assert (ages(method, layers[0]) == 0).any()
+    return method
 
 
-def net_before_mean(make, inputs: Tensor, units: list[int]) -> dict[int, Tensor]:  # noqa: ANN001
-    """The mean activation of channels of the fresh network, over examples and positions."""
-    with torch.no_grad():
-        features = make()[:4](inputs)
-    return {unit: features[:, unit].mean() for unit in units}
+def test_the_mean_input_of_the_next_layer_does_not_jump() -> None:
+    """With weights at rest f̂ is the mean activation: the next bias takes exactly what the units gave."""
+    net, inputs = mlp(), batch(size=32)
+    before, weight = net[:3](inputs[0]), net[2].weight.detach().clone()
+    start_with_weights_at_rest(net, ["0", "2"], inputs)
+    assert not torch.equal(net[2].weight, weight)
+    torch.testing.assert_close(net[:3](inputs[0]).mean(0), before.mean(0))
+    assert not torch.allclose(net[:3](inputs[0]), before)
+
+
+@pytest.mark.parametrize(
+    ("layers", "copies"), [(["0", "2"], 1), (["2", "5"], 4)], ids=["to_convolution", "to_linear"]
+)
+def test_the_mean_contribution_of_a_channel_moves_into_the_next_bias(layers: list[str], copies: int) -> None:
+    """w_out·f̂ summed over the kernel, or over the positions that flattening made inputs."""
+    net, inputs = convnet(), images(size=32)
+    producer, consumer = (net.get_submodule(name) for name in layers)
+    features = net[: int(layers[0]) + 2](inputs[0]).detach()
+    weight, bias = consumer.weight.detach().clone(), consumer.bias.detach().clone()
+    method = start_with_weights_at_rest(net, layers, inputs)
+    moved = torch.zeros_like(bias)
+    for unit in (ages(method, layers[0]) == 0).nonzero().flatten().tolist():
+        outgoing = weight[:, copies * unit : copies * (unit + 1)].flatten(1).sum(1)
+        moved += outgoing * features[:, unit].mean()
+    assert moved.any()
+    torch.testing.assert_close(consumer.bias.detach() - bias, moved)
+    assert producer.weight.isfinite().all()
 
 
 def test_a_next_layer_without_bias_just_loses_the_unit() -> None:
@@ -366,7 +371,10 @@ def test_a_next_layer_without_bias_just_loses_the_unit() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_counts_exactly(dtype: torch.dtype) -> None:
     """A network of 6 + 4 units of which 0.01 are due after each of 400 steps, the last 100 of them mature."""
-    net, method = mlp(dtype=dtype), ContinualBackprop(replacement_rate=0.01, maturity=300, utility="zero_contribution")
+    net, method = (
+        mlp(dtype=dtype),
+        ContinualBackprop(replacement_rate=0.01, maturity=300, utility="zero_contribution"),
+    )
     optimizer = still(net)
     method.on_start(net, optimizer)
     replaced = 0

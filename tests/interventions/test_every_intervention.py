@@ -141,7 +141,10 @@ def _repeated(step: int) -> tuple[Tensor, Tensor]:
 @kinds
 @pytest.mark.parametrize("load_first", [True, False])
 def test_checkpoint_in_the_middle_continues_identically(
-    case: Case, kind: str, load_first: bool, tmp_path  # noqa: ANN001
+    case: Case,
+    kind: str,
+    load_first: bool,
+    tmp_path,
 ) -> None:
     skip_unless_fitting(case, kind)
     settings = {name: float(value[0]) for name, value in case.stacked.items()}
@@ -188,7 +191,7 @@ def test_loading_shares_no_memory(case: Case) -> None:
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))], ids=["deepcopy", "pickle"]
 )
-def test_copies_go_on_identically(case: Case, clone) -> None:  # noqa: ANN001
+def test_copies_go_on_identically(case: Case, clone) -> None:
     kind = "EulerLagrange"
     net = network(kind)
     optimizer, method = optimizer_of(kind, net), case.make(3)
@@ -271,7 +274,12 @@ def test_the_table_covers_every_intervention() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "error", "message"),
     [
-        ("ContinualBackprop", {"replacement_rate": 1.5}, ValueError, r"replacement_rate: expected .*\[0, 1\].*1\.5"),
+        (
+            "ContinualBackprop",
+            {"replacement_rate": 1.5},
+            ValueError,
+            r"replacement_rate: expected .*\[0, 1\].*1\.5",
+        ),
         ("ContinualBackprop", {"maturity": -1}, ValueError, r"maturity: "),
         ("ContinualBackprop", {"utility": "contributoin"}, ValueError, r"utility: .*did you mean 'contribution'"),
         ("ContinualBackprop", {"decay": 1.0}, ValueError, r"decay: expected a number in \[0, 1\), got 1"),

@@ -12,7 +12,8 @@ from torch import nn
 from clagrange import gaussianize, replicas
 from clagrange.gaussian import gaussian_parameters
 from clagrange.interventions import FullReset, InputNormalization, L2Init, ShrinkAndPerturb, VarianceInjection
-from clagrange.networks import initialize, mlp as package_mlp
+from clagrange.networks import initialize
+from clagrange.networks import mlp as package_mlp
 from clagrange.optim import EulerLagrange
 
 
@@ -128,7 +129,7 @@ def test_l2_init_takes_in_a_layer_that_comes_later() -> None:
 
 # -------------------------------------------------------------------------------------------- full reset
 @pytest.mark.parametrize("make", [mlp, convnet])
-def test_full_reset_is_a_fresh_network(make) -> None:  # noqa: ANN001
+def test_full_reset_is_a_fresh_network(make) -> None:
     net = gaussianize(make(), prior_variance=0.4)
     optimizer, method = EulerLagrange(net, lr=0.02, temperature=1e-3), FullReset(seed=11)
     method.on_start(net, optimizer)

@@ -110,7 +110,7 @@ def test_groups_given_at_once_and_frozen_parameters(case: OptimizerCase) -> None
     ],
     ids=["StepLR", "CosineAnnealingLR"],
 )
-def test_schedulers(case: OptimizerCase, options: dict, scheduler, rates: list[float]) -> None:  # noqa: ANN001
+def test_schedulers(case: OptimizerCase, options: dict, scheduler, rates: list[float]) -> None:
     scheduled, by_hand = case.network(), case.network()
     optimizer = case.make(scheduled, **options)
     plan = scheduler(optimizer)
@@ -168,7 +168,7 @@ def test_checkpoint_in_the_middle_continues_identically(case: OptimizerCase, opt
     "clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("order", [1, -1], ids=["network_first", "optimizer_first"])
-def test_network_and_optimizer_copied_together(case: OptimizerCase, options: dict, clone, order: int) -> None:  # noqa: ANN001
+def test_network_and_optimizer_copied_together(case: OptimizerCase, options: dict, clone, order: int) -> None:
     net = case.network()
     optimizer = case.make(net, **options)
     train(net, optimizer, range(4))

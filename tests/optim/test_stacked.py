@@ -10,7 +10,7 @@ from clagrange import replicas
 each = pytest.mark.parametrize("case", [STACKED_SGD, STACKED_ADAM], ids=lambda case: case.name)
 
 
-def torch_optimizer(case: OptimizerCase, parameters, settings: dict) -> Optimizer:  # noqa: ANN001
+def torch_optimizer(case: OptimizerCase, parameters, settings: dict) -> Optimizer:
     assert case.torch_form is not None
     return case.torch_form(parameters, **settings)
 
@@ -44,7 +44,7 @@ def test_tensors_of_settings_equal_torch_for_each_replica(case: OptimizerCase) -
 
 
 @each
-def test_checkpoint_of_stacked_settings_continues_identically(case: OptimizerCase, tmp_path) -> None:  # noqa: ANN001
+def test_checkpoint_of_stacked_settings_continues_identically(case: OptimizerCase, tmp_path) -> None:
     def steps(net: torch.nn.Module, optimizer: Optimizer, numbers: range) -> None:
         for step in numbers:
             inputs, targets = batch(step)

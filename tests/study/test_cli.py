@@ -75,7 +75,10 @@ def test_compare_writes_everything_that_it_promises(config, tmp_path, capsys):
     table = pq.read_table(out / "results" / "permuted_digits.sgd.parquet").to_pydict()
     assert set(table) == {"stream", "method", "seed", "task", *METRICS}
     assert len(table["task"]) == 8
-    assert yaml.safe_load((out / "config.yaml").read_text())["streams"]["permuted_digits"]["stream"]["batch_size"] == 4
+    assert (
+        yaml.safe_load((out / "config.yaml").read_text())["streams"]["permuted_digits"]["stream"]["batch_size"]
+        == 4
+    )
 
 
 def test_a_used_folder_is_refused_resumed_or_replaced(config, tmp_path, capsys):
@@ -198,7 +201,9 @@ def test_a_killed_process_loses_at_most_the_task_under_way(config, tmp_path):
     subprocess.run(command(*study, "--out", str(whole)), check=True, capture_output=True)
     for attempt in range(4):
         process = subprocess.Popen(
-            command(*study, "--out", str(broken), "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command(*study, "--out", str(broken), "--resume"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         time.sleep(3.0 + 0.37 * attempt)
         process.kill()

@@ -1,0 +1,145 @@
+"""Speed of the Euler-Lagrange step beside AdamW's, and of batched replicas beside single networks.
+
+    python benchmarks/speed.py [--store benchmarks/speed.json]
+
+Ratios within one run, medians over repetitions that take turns; machines are shared and noisy. The floor is
+the time to copy as many bytes as the step must read and write.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import clagrange
+from clagrange.networks import mlp
+from clagrange.optim import EulerLagrange
+from clagrange.study.engine import Run
+from clagrange.study.files import replacing
+from clagrange.study.methods import METHODS
+from clagrange.study.summary import environment
+from clagrange.tasks import PermutedDigits
+
+
+def medians(actions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
+    """Median seconds of each action; the actions take turns, so that a slow moment hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for repetition in range(repetitions + 1):
+        for name, action in actions.items():
+            started = time.perf_counter()
+            action()
+            if repetition:  # the first one warms up
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def with_gradients(network: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """An optimizer step on gradients that stay the same."""
+    layers = [layer for _, layer in clagrange.gaussian.gaussian_layers(network)]
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+
+    def step() -> None:
+        for layer in layers:
+            layer.examples = 64
+        optimizer.step()
+
+    return step
+
+
+def optimizer_steps(width: int, repetitions: int) -> dict[str, float]:
+    """Seconds of one step on a network with about 2·width² parameters."""
+    network = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+    gaussian = clagrange.gaussianize(network, copied=True)
+    steps: dict[str, Callable[[], Any]] = {}
+    for form in ("loop", "foreach", "fused"):
+        adamw = torch.optim.AdamW(
+            network.parameters(), foreach=form == "foreach", fused=True if form == "fused" else None
+        )
+        steps[f"AdamW {form}"] = with_gradients(network, adamw)
+    for name, settings in {
+        "Euler-Lagrange loop": {"foreach": False},
+        "Euler-Lagrange foreach": {"foreach": True},
+        "Euler-Lagrange foreach, finite discount": {"foreach": True, "discount": 1.0},
+    }.items():
+        steps[name] = with_gradients(gaussian, EulerLagrange(gaussian, lr=1e-6, temperature=1e-5, **settings))
+    # gradient, mean, precision and curvature are read, the last three written: 7 numbers a weight
+    source = torch.zeros(7 * sum(p.numel() for p in network.parameters()) // 2)
+    target = torch.empty_like(source)
+    steps["floor: copy of the bytes moved"] = lambda: target.copy_(source)
+    return medians(steps, repetitions)
+
+
+def replica_rates(tasks: int) -> dict[str, float]:
+    """Model-steps per second of the engine, one network and five."""
+    rates = {}
+    for method in ("sgd", "adam", "continual_backprop", "euler_lagrange"):
+        for replicas in (1, 5):
+            streams = [PermutedDigits(tasks=tasks, seed=seed) for seed in range(replicas)]
+            run = Run(METHODS[method](), streams, [64, 64])
+            rate = []
+            for _ in range(tasks):
+                before = run.seconds
+                run.run_task()
+                rate.append(replicas * streams[0].steps / (run.seconds - before))
+            rates[f"{method}, {replicas} replica{'s' * (replicas > 1)}"] = statistics.median(rate)
+    return rates
+
+
+def prediction(repetitions: int) -> dict[str, float]:
+    """Seconds of a forward pass and of `predict` with 32 samples on a 784-256-256-10 network."""
+    network = clagrange.gaussianize(mlp(784, [256, 256], 10))
+    inputs: Tensor = torch.zeros(64, 784)
+    return medians(
+        {
+            "forward": lambda: network(inputs),
+            "predict, 32 samples": lambda: clagrange.predict(network, inputs, samples=32),
+        },
+        repetitions,
+    )
+
+
+def main() -> None:
+    """Measure, print, and store when asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, default=None, help="JSON file for the figures")
+    parser.add_argument("--width", type=int, default=2236, help="of the two layers; default 10 million weights")
+    parser.add_argument("--repetitions", type=int, default=15)
+    chosen = parser.parse_args()
+    figures: dict[str, Any] = {"environment": environment()}
+
+    steps = optimizer_steps(chosen.width, chosen.repetitions)
+    reference = steps["AdamW fused"]
+    print(
+        f"Optimizer step, {2 * chosen.width * (chosen.width + 1):,} parameters, {torch.get_num_threads()} threads"
+    )
+    for name, seconds in steps.items():
+        print(f"  {name:42s} {1e3 * seconds:8.1f} ms   {seconds / reference:6.2f} x AdamW fused")
+    figures["optimizer_step_seconds"] = steps
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    rates = replica_rates(tasks=3)
+    print("Training of 64-64-64-10 networks at batch 4, one thread")
+    for name, rate in rates.items():
+        alone = rates[name.split(",")[0] + ", 1 replica"]
+        print(f"  {name:42s} {rate:8.0f} model-steps/s   {rate / alone:6.2f} x one network")
+    figures["model_steps_per_second"] = rates
+
+    seconds = prediction(chosen.repetitions)
+    ratio = seconds["predict, 32 samples"] / seconds["forward"]
+    print(f"Prediction: 32 samples take {ratio:.0f} x a forward pass")
+    figures["prediction_seconds"] = seconds
+    if chosen.store is not None:
+        with replacing(chosen.store) as partial:
+            partial.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
