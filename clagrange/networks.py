@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from clagrange._checks import check_choice
 from clagrange.replicas import Generators, generator_of, replicas_of
 
 
@@ -25,9 +26,9 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, *, seed: int = 0) -> n
     """
     widths = [inputs, *hidden, outputs]
     layers: list[nn.Module] = [nn.Flatten()]
-    for index, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+    for index, (width, next_width) in enumerate(itertools.pairwise(widths)):
         layers += [nn.ReLU()] if index else []
-        layers.append(nn.Linear(fan_in, fan_out))
+        layers.append(nn.Linear(width, next_width))
     network = nn.Sequential(*layers)
     initialize(network, torch.Generator().manual_seed(seed))
     return network
@@ -45,7 +46,7 @@ def initialize(network: nn.Module, generators: Generators | None = None) -> None
     replicas = replicas_of(network)
     for name, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            bound = math.sqrt(6.0 / fan_in(module))
+            bound = he_bound(module)
             weights = [module.weight] if replicas is None else module.weight
             for replica, weight in enumerate(weights):
                 weight.data.uniform_(-bound, bound, generator=generator_of(generators, replica))
@@ -72,10 +73,23 @@ def he_bound(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2.0)) -> floa
     return gain * math.sqrt(3.0 / fan_in(layer))
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over the examples; for logits (R, B, C) the sum over replicas of their means.
+def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of single or stacked networks.
 
-    Summing over the replicas leaves each replica's gradient what it is alone.
+    "mean" averages over the examples and, for logits (R, B, C), sums the replicas' means, which leaves each
+    replica's gradient what it is alone. "none" gives the loss of every example.
+
+    Args:
+        logits: (B, C) or (R, B, C).
+        targets: (B,) or (R, B), class numbers.
+        reduction: "mean" or "none".
+
+    Example:
+        >>> cross_entropy(torch.zeros(5, 4, 10), torch.zeros(5, 4, dtype=torch.long))
+        tensor(11.5129)
     """
-    loss = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
-    return loss * (logits.shape[0] if logits.dim() == 3 else 1)
+    check_choice("reduction", reduction, ("mean", "none"))
+    losses = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(
+        targets.shape
+    )
+    return losses if reduction == "none" else losses.mean(-1).sum()

@@ -57,7 +57,7 @@ def trainer(folder: Path, **settings: Any) -> pl.Trainer:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "default_root_dir": folder,
-            "max_epochs": -1,  # to the end of the stream
+            "max_epochs": 50,  # more than any stream of the tests has
             **settings,
         }
     )

@@ -18,9 +18,8 @@ def test_there_are_three_usages():
 
 
 @pytest.mark.parametrize(("name", "code"), BLOCKS, ids=[name for name, _ in BLOCKS])
-# Lightning: a data module that holds its batches in memory has no use for loader workers; the example logs nowhere
+# a data module that holds its batches in memory has no use for the loader workers that Lightning misses
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*tensorboardX:UserWarning")
 def test_usage_runs_as_written(name, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace("tasks=3", "tasks=2, examples=400"), f"README: {name}", "exec"), {})

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from clagrange._checks import Number, check_choice
 from clagrange.gaussian.precision import PRECISIONS, Precision
+from clagrange.networks import fan_in
 from clagrange.replicas import conv2d, linear
 
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -54,7 +55,8 @@ class GaussianLayer(nn.Module, ABC):
             prior_variance: in units of the layer's initialisation variance, 2 / fan_in (He et al. 2015).
         """
         check_choice("precision", precision, PRECISIONS)
-        scale = 2.0 / self.fan_in
+        assert isinstance(self, (nn.Linear, nn.Conv2d))
+        scale = 2.0 / fan_in(self)
         for name, mean in self.means():
             block = PRECISIONS[precision](
                 mean,
@@ -90,11 +92,6 @@ class GaussianLayer(nn.Module, ABC):
     @abstractmethod
     def stacked(self) -> bool:
         """Whether the layer has a leading replica dimension."""
-
-    @property
-    @abstractmethod
-    def fan_in(self) -> int:
-        """Number of inputs of one unit."""
 
     def count_examples(self, output: Tensor, examples: int, positions: int) -> None:
         """Note, when the gradient of ``output`` arrives, how many examples it stands for."""
@@ -197,11 +194,6 @@ class GaussianLinear(GaussianLayer, nn.Linear):
         """Whether the weight is (R, out, in)."""
         return self.weight.dim() == 3
 
-    @property
-    def fan_in(self) -> int:
-        """Number of inputs of one unit."""
-        return self.in_features
-
     def forward(self, inputs: Tensor) -> Tensor:
         """Apply the layer at its mean."""
         output = linear(inputs, self.weight, self.bias)
@@ -241,11 +233,6 @@ class GaussianConv2d(GaussianLayer, nn.Conv2d):
     def stacked(self) -> bool:
         """Whether the weight is (R, out, in / groups, h, w)."""
         return self.weight.dim() == 5
-
-    @property
-    def fan_in(self) -> int:
-        """Number of inputs of one unit."""
-        return self.in_channels // self.groups * math.prod(self.kernel_size)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Apply the convolution at its mean."""

@@ -51,8 +51,9 @@ class EulerLagrange(Optimizer):
 
     Args:
         params: the network; or parameters, named parameters or parameter groups of it.
-        lr: fraction of the way to equilibrium that mean and precision cover in one step, (0, 1]-ish; > 0.
-        temperature: T = τ/k, in units of the loss; about 1 / (examples per task). Large T is a wide posterior.
+        lr: fraction of the way to equilibrium that mean and precision cover in one (small) step, > 0.
+        temperature: T = τ/k, in units of the loss. The Bayesian value is 1 / (examples per task); with diagonal
+            precisions colder posteriors, 1e-6 to 1e-4, have worked better.
         discount: γ per step, > 0. Infinite is the overdamped flow; a small one leaves the rate of stiff
             directions and slows soft ones less (ballistic).
         variance_rate: r in (0, 1]. None ties it to the mean's rate, r = 1 − e^{−λ_τ}: near equilibrium mean
@@ -182,7 +183,7 @@ class EulerLagrange(Optimizer):
 
 def _check_settings(group: dict[str, Any]) -> None:
     check_positive("lr", group["lr"])
-    check_positive("temperature", group["temperature"], hint="about 1 / (examples per task) is usual")
+    check_positive("temperature", group["temperature"], hint="1e-5 is a usual value")
     check_number("discount", group["discount"], low=0.0, open_low=True)
     if group["variance_rate"] is not None:
         check_number("variance_rate", group["variance_rate"], low=0.0, high=1.0, open_low=True)
@@ -202,10 +203,10 @@ def _examples(layer: GaussianLayer, name: str, loss_reduction: str) -> int:
     """How many examples the gradients of a layer stand for, over all processes."""
     examples = layer.positions if loss_reduction == "position_mean" else layer.examples
     if examples == 0:
+        shape = tuple(layer.get_parameter(name).shape)
         raise RuntimeError(
-            f"parameter {name!r} of a {type(layer).__name__} of shape {tuple(layer.get_parameter(name).shape)} has a "
-            f"gradient, but the layer saw no example since the last step; run forward and backward through the "
-            f"layer, or set layer.examples"
+            f"parameter {name!r} of a {type(layer).__name__} of shape {shape} has a gradient, but the layer saw no "
+            f"example since the last step; run forward and backward through the layer, or set layer.examples"
         )
     return examples * process_count()
 

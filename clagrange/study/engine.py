@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clagrange.interventions import Intervention
 from clagrange.metrics import dead_units, effective_rank, mean_variance, weight_magnitude
-from clagrange.networks import mlp
+from clagrange.networks import cross_entropy, mlp
 from clagrange.replicas import stack
 from clagrange.study.files import DamagedFile, replacing
 from clagrange.study.methods import Method
@@ -100,8 +100,7 @@ class Run:
         """One training step; hits and mean loss of each replica before it."""
         self.optimizer.zero_grad()
         logits = self.network(inputs)
-        flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        losses = flat.view(targets.shape)
+        losses = cross_entropy(logits, targets, reduction="none")
         losses.mean(1).sum().backward()
         for intervention in self.interventions:
             intervention.on_gradient(self.network, self.optimizer)

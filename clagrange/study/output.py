@@ -24,7 +24,8 @@ def write_output(
     Args:
         study: what was run.
         folder: where its results are.
-        status: "complete" or "interrupted"; default: read off the results that are there.
+        status: "complete" or "interrupted", of a run that has just ended. None for stored results: then it is
+            read off what is there, and the environment is the one that was stored.
         results: the finished runs; default: read from the folder.
         console: where to print the table; None for nowhere.
         markdown: print the table in Markdown.
@@ -39,15 +40,14 @@ def write_output(
     summary = summarize(
         found,
         status=status or ("complete" if len(found) == len(study.runs()) else "interrupted"),
-        environment=_stored_environment(folder) or environment(),
+        environment=(status is None and _stored_environment(folder)) or environment(),
         planned={name: list(stream.methods) for name, stream in study.streams.items()},
         tasks={name: stream.settings["tasks"] for name, stream in study.streams.items()},
     )
     write_summary(folder.path, summary)
-    if found:
-        write_plots(folder.path, found)
-        write_events(folder.path / "tensorboard", found)
-        write_report(folder.path, summary, found, folder.config.read_text())
+    write_plots(folder.path, found)
+    write_events(folder.path / "tensorboard", found)
+    write_report(folder.path, summary, found, folder.config.read_text())
     if console is None:
         return
     if markdown:

@@ -8,14 +8,16 @@ The folder of a study:
     summary.json, report.html, accuracy.png, plasticity.png, tensorboard/    once there is something to show
 """
 
+import contextlib
 import multiprocessing
-import multiprocessing.queues
 import os
 import queue
 import shutil
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -263,8 +265,9 @@ def _run_in_processes(
         context.Process(target=_work, args=(study, folder, todo, events), daemon=True) for _ in range(workers)
     ]
     try:
-        for process in processes:
-            process.start()
+        with _ctrl_c_ignored():
+            for process in processes:
+                process.start()
         waiting = set(jobs)
         while waiting:
             try:
@@ -299,14 +302,31 @@ def _check_alive(processes: list[SpawnProcess], waiting: set[tuple[str, str]], f
         )
 
 
-def _work(study: Study, folder: Folder, todo: Any, events: Any) -> None:
-    """A worker: one run after the other. Ctrl-C is the parent's business, which ends its workers."""
-    import signal
+@contextlib.contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Processes started here ignore Ctrl-C for good: it is the parent's business, which ends its workers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def _work(study: Study, folder: Folder, todo: Any, events: Any) -> None:
+    """A worker: one run after the other, as long as its parent lives."""
+    parent = multiprocessing.parent_process()
+
+    def say(job: tuple[str, str], steps: int) -> None:
+        if parent is not None and not parent.is_alive():
+            os._exit(1)
+        events.put(("steps", job, steps))
+
     while (job := todo.get()) is not None:
         try:
-            _run(study, folder, job, lambda job, steps: events.put(("steps", job, steps)))
+            _run(study, folder, job, say)
         except DamagedFile as error:
             events.put(("damaged", job, str(error)))
             return

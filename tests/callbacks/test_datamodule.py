@@ -104,13 +104,14 @@ def test_every_way_trains_on_the_streams_own_batches(mode: str, epochs: int, tmp
     assert torch.equal(torch.stack(seen.inputs), torch.stack(inputs))
 
 
-@pytest.mark.parametrize("settings", [{"max_epochs": 50}, {"max_epochs": 50, "limit_train_batches": 4}, {}])
-@pytest.mark.parametrize("mode", ["reload", "endless"])
-def test_training_ends_with_the_stream(mode: str, settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "limit", "epochs"), [("reload", 1.0, 3), ("reload", 4, 9), ("endless", 1.0, 1), ("endless", 4, 8)]
+)
+def test_training_ends_with_the_stream(mode: str, limit: float, epochs: int, tmp_path: Path) -> None:
     seen = Seen()
-    trainer(tmp_path, callbacks=[seen], **settings).fit(
-        Classifier(plain_mlp(), momentum), stream().as_datamodule(mode=mode)
-    )
+    made = trainer(tmp_path, callbacks=[seen], limit_train_batches=limit)
+    made.fit(Classifier(plain_mlp(), momentum), stream().as_datamodule(mode=mode))
+    assert made.current_epoch == epochs < made.max_epochs
     assert torch.equal(torch.stack(seen.inputs), torch.stack(expected(stream())[0]))
 
 

@@ -1,5 +1,6 @@
 """The one-step rules against closed forms, limits, an integrator and the law of their samples."""
 
+import itertools
 import math
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_relaxed_precision_follows_the_linear_flow() -> None:
     rate, start, target = 0.8, 50.0, (0.3 + 0.02) / 0.1
     solution = solve_ivp(lambda _, s: -rate * (s - target), (0, 2), [start], rtol=1e-12, atol=1e-12).y[0, -1]
     errors = [abs(_relaxed_after(2.0, steps, rate, start) - solution) for steps in (64, 128, 256, 512)]
-    orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert all(abs(order - 1) < 0.03 for order in orders), orders
     exact = relaxed_precision(
         torch.tensor(start), torch.tensor(0.3), 0.02, 0.1, relaxation_fraction(rate * 2.0)

@@ -123,9 +123,9 @@ def test_only_mature_units_are_replaced_and_all_in_turn() -> None:
     assert replaced_at == [8, 16, 24]
 
 
-@pytest.mark.parametrize(("rate", "maturity"), [(1 / 64, 10), (3 / 64, 0), (19 / 64, 5)])
+@pytest.mark.parametrize(("rate", "maturity"), [(1 / 64, 10), (3 / 64, 0), (19 / 64, 5)])  # exact in binary
 def test_exact_number_over_many_steps(rate: float, maturity: int) -> None:
-    """The counter loses nothing: after n steps floor(Σ rate · mature units) units were replaced (rates exact in binary)."""
+    """The counter loses nothing: after n steps floor(Σ rate · mature units) units were replaced."""
     net, method = mlp(), ContinualBackprop(replacement_rate=rate, maturity=maturity)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     method.on_start(net, optimizer)

@@ -62,7 +62,7 @@ def test_rule_against_the_oracle(settings: dict, foreach: bool) -> None:
 
 
 def test_a_zero_prior_mean_pulls_to_zero() -> None:
-    """Without gradient the mean decays as e^{−lr} per step at infinite discount, and the variance is the prior's."""
+    """Without gradient, at infinite discount, the mean decays as e^{−lr} and the variance is the prior's."""
     net = gaussianize(nn.Linear(4, 3, bias=False).double())
     start = net.weight.detach().clone()
     optimizer = EulerLagrange(net, lr=0.1, temperature=1e-3, trust_region=math.inf)
