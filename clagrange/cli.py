@@ -54,7 +54,6 @@ def _parser() -> ArgumentParser:
     tune.add_argument("config", type=str, help="a search file, or the name of one in the package: demo_search")
     tune.add_argument("--out", type=str, required=True, help="JSON file for all trials; goes on where it stopped")
     tune.add_argument("--study", type=str, default=None, help="also write a study file with the winners")
-    tune.add_argument("--seeds", type=int, default=5, help="number of seeds of that study")
     commands.add_subcommand("tune", tune, help="search for good settings")
 
     listing = _Parser(description="What study files can name.")
@@ -181,10 +180,11 @@ def _tune(chosen: Namespace, console: Console) -> int:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    report = run_search(load_search(chosen.config), Path(chosen.out), console.print)
+    search = load_search(chosen.config)
+    report = run_search(search, Path(chosen.out), lambda line: console.print(line, highlight=False))
     if chosen.study is not None:
         with replacing(Path(chosen.study)) as partial:
-            partial.write_text(study_of_winners(report, chosen.seeds, {}))
+            partial.write_text(f"# The winners of {chosen.config}.\n{study_of_winners(search, report)}")
     return 0
 
 

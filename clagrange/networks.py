@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clagrange._checks import check_choice
-from clagrange.replicas import Generators, generator_of, replicas_of
+from clagrange.replicas import Generators, fan_in, generator_of, replicas_of
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, *, seed: int = 0) -> nn.Sequential:
@@ -59,13 +59,6 @@ def initialize(network: nn.Module, generators: Generators | None = None) -> None
                 f"network: layer {name or '(root)'!r} of type {type(module).__name__} cannot be drawn afresh; "
                 f"known are linear, convolution and normalisation layers"
             )
-
-
-def fan_in(layer: nn.Linear | nn.Conv2d) -> int:
-    """Number of inputs of one unit."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features
-    return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
 
 
 def he_bound(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2.0)) -> float:

@@ -6,6 +6,7 @@ case. R stacked networks compute what R separate networks compute.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -97,6 +98,13 @@ def conv2d(layer: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None
         replicas * layer.groups,
     )
     return _unfold_replicas(folded, replicas)
+
+
+def fan_in(layer: nn.Linear | nn.Conv2d) -> int:
+    """Number of inputs of one unit."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
 
 
 def _unfold_replicas(folded: Tensor, replicas: int) -> Tensor:

@@ -12,8 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from clagrange._checks import Number, check_choice
 from clagrange.gaussian.precision import PRECISIONS, Precision
-from clagrange.networks import fan_in
-from clagrange.replicas import conv2d, linear
+from clagrange.replicas import conv2d, fan_in, linear
 
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

@@ -205,8 +205,8 @@ def _examples(layer: GaussianLayer, name: str, loss_reduction: str) -> int:
     if examples == 0:
         shape = tuple(layer.get_parameter(name).shape)
         raise RuntimeError(
-            f"parameter {name!r} of a {type(layer).__name__} of shape {shape} has a gradient, but the layer saw no "
-            f"example since the last step; run forward and backward through the layer, or set layer.examples"
+            f"parameter {name!r} of a {type(layer).__name__} of shape {shape} has a gradient, but the layer saw "
+            f"no example since the last step; run forward and backward through the layer, or set layer.examples"
         )
     return examples * process_count()
 

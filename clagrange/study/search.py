@@ -46,62 +46,118 @@ class Dimension:
         value = low * (high / low) ** share if self.scale == "log" else low + share * (high - low)
         return float(f"{value:.3g}")
 
+    def around(self, value: Any) -> "Dimension":
+        """The part of the range, a quarter as wide, around a value; a choice keeps the value alone."""
+        if self.scale == "choice":
+            return Dimension("choice", (value,))
+        low, high = self.values
+        if self.scale == "log":
+            width = (high / low) ** 0.125
+            return Dimension("log", (max(low, value / width), min(high, value * width)))
+        width = (high - low) / 8.0
+        return Dimension("uniform", (max(low, value - width), min(high, value + width)))
+
+
+@dataclass(frozen=True)
+class Space:
+    """Settings to try: some fixed, some with a range."""
+
+    fixed: dict[str, Any]
+    ranges: dict[str, Dimension]
+
+    def points(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """Settings spread over the ranges by a scrambled Halton sequence."""
+        shares = qmc.Halton(max(len(self.ranges), 1), scramble=True, rng=seed).random(count)
+        names = list(self.ranges)
+        return [
+            {**self.fixed, **{name: self.ranges[name].at(at) for name, at in zip(names, share, strict=False)}}
+            for share in shares
+        ]
+
+    def around(self, settings: Mapping[str, Any]) -> "Space":
+        """A smaller space around settings of this one."""
+        return Space(self.fixed, {name: ranges.around(settings[name]) for name, ranges in self.ranges.items()})
+
+
+@dataclass(frozen=True)
+class MethodSearch:
+    """A method and the spaces between which its trials are shared out evenly."""
+
+    kind: str
+    spaces: tuple[Space, ...]
+
+    def first_round(self, trials: int) -> list[tuple[Space, dict[str, Any]]]:
+        """The settings of the first round, each with its space."""
+        count = len(self.spaces)
+        return [
+            (space, settings)
+            for index, space in enumerate(self.spaces)
+            for settings in space.points(len(range(index, trials, count)), seed=index)
+        ]
+
 
 @dataclass(frozen=True)
 class Search:
-    """A search file: tuning seeds, number of trials, and for each stream the ranges of each method."""
+    """A search file: tuning seeds, numbers of trials, and for each stream the methods with their ranges.
+
+    ``study`` says how the winners are compared: its seeds, and the number of tasks of each stream.
+    """
 
     seeds: tuple[int, ...]
     trials: int
+    refinements: int
+    study: dict[str, Any]
     streams: dict[str, StreamStudy]
-    spaces: dict[str, dict[str, dict[str, Dimension]]]
-    fixed: dict[str, dict[str, dict[str, Any]]]
-    kinds: dict[str, dict[str, str]]
-
-    def settings(self, stream: str, method: str) -> list[dict[str, Any]]:
-        """The settings of every trial, spread over the ranges by a scrambled Halton sequence."""
-        space = self.spaces[stream][method]
-        points = qmc.Halton(max(len(space), 1), scramble=True, rng=0).random(self.trials)
-        return [
-            {
-                **self.fixed[stream][method],
-                **{name: space[name].at(share) for name, share in zip(space, point, strict=False)},
-            }
-            for point in points
-        ]
+    methods: dict[str, dict[str, MethodSearch]]
 
 
 def load_search(source: str | Path) -> Search:
     """Read a search file.
 
     A method's entry holds ranges, ``lr: {log: [1e-3, 1e-1]}``, ``{uniform: [0, 1]}`` or
-    ``{choice: [sgd, adam]}``, and fixed settings.
+    ``{choice: [0.9, 0.99]}``, and fixed settings; or a list of such entries, between which the trials are
+    shared out. ``trials`` settings are spread over the ranges, then ``refinements`` more around the best.
 
     Raises:
         SettingsError: with one line that names the setting, what was expected, and what came.
     """
     tree = read_yaml(source)
-    known = {"seeds", "trials", "streams"}
+    known = {"seeds", "trials", "refinements", "study", "streams"}
     check_keys("search", tree, known, required=known)
-    trials = tree["trials"]
-    if type(trials) is not int or trials < 1:
-        raise SettingsError(f"trials: expected a whole number of at least 1, got {trials!r}")
+    check_keys("study", tree["study"], {"seeds", "tasks"}, required={"seeds", "tasks"})
+    check_keys("study.tasks", tree["study"]["tasks"], set(tree["streams"]), required=set())
+    seeds = read_seeds(tree["seeds"])
+    overlap = set(seeds) & set(read_seeds(tree["study"]["seeds"]))
+    if overlap:
+        raise SettingsError(f"study.seeds: expected others than the tuning seeds, got {sorted(overlap)}")
+    for name, least in (("trials", 1), ("refinements", 0)):
+        if type(tree[name]) is not int or tree[name] < least:
+            raise SettingsError(f"{name}: expected a whole number of at least {least}, got {tree[name]!r}")
     check_mapping("streams", tree["streams"])
-    search = Search(read_seeds(tree["seeds"]), trials, {}, {}, {}, {})
-    for name, body in tree["streams"].items():
-        search.streams[name] = read_stream(name, body, kept=())
-        search.spaces[name], search.fixed[name], search.kinds[name] = {}, {}, {}
-        for label, entry in body["methods"].items():
-            where = f"streams.{name}.methods.{label}"
-            values = dict(entry or {})
-            kind = values.pop("kind", label)
-            ranges = {key: value for key, value in values.items() if isinstance(value, dict)}
-            search.kinds[name][label] = kind
-            search.spaces[name][label] = {key: _dimension(f"{where}.{key}", v) for key, v in ranges.items()}
-            search.fixed[name][label] = {key: v for key, v in values.items() if key not in ranges}
-            for settings in search.settings(name, label):
-                construct(METHODS, kind, settings, where)
-    return search
+    streams = {name: read_stream(name, body, kept=()) for name, body in tree["streams"].items()}
+    methods = {
+        name: {
+            label: _method_search(f"streams.{name}.methods.{label}", label, entry, tree["trials"])
+            for label, entry in body["methods"].items()
+        }
+        for name, body in tree["streams"].items()
+    }
+    return Search(seeds, tree["trials"], tree["refinements"], tree["study"], streams, methods)
+
+
+def _method_search(where: str, label: str, entry: Any, trials: int) -> MethodSearch:
+    kinds, spaces = set(), []
+    for alternative in entry if isinstance(entry, list) else [entry]:
+        values = dict(alternative or {})
+        kinds.add(values.pop("kind", label))
+        ranges = {key: _dimension(f"{where}.{key}", v) for key, v in values.items() if isinstance(v, dict)}
+        spaces.append(Space({key: v for key, v in values.items() if key not in ranges}, ranges))
+    if len(kinds) != 1:
+        raise SettingsError(f"{where}: expected alternatives of one kind, got {', '.join(sorted(kinds))}")
+    found = MethodSearch(kinds.pop(), tuple(spaces))
+    for _, settings in found.first_round(trials):
+        construct(METHODS, found.kind, settings, where)
+    return found
 
 
 def _dimension(where: str, value: dict[str, Any]) -> Dimension:
@@ -129,8 +185,9 @@ def run_search(search: Search, target: Path, say: Callable[[str], None] = print)
     """Run all trials; the file ``target`` is written after each method, and finished methods are kept.
 
     Returns:
-        {"seeds", "trials", "streams": {name: {"stream", "hidden", "methods": {name: {"best", "trials"}}}}}; each
-        trial has its settings and the online accuracy over all tasks, mean over seeds and by seed.
+        {"seeds", "trials", "refinements", "streams": {name: {"stream", "hidden", "methods": {name: {"kind",
+        "best", "seconds", "trials"}}}}}; each trial has its settings and the online accuracy over all tasks, mean
+        over seeds and by seed.
 
     Raises:
         SettingsError: if ``target`` holds a search with other settings.
@@ -139,27 +196,35 @@ def run_search(search: Search, target: Path, say: Callable[[str], None] = print)
     for name, study in search.streams.items():
         streams = [study.stream(seed) for seed in search.seeds]
         methods = report["streams"][name]["methods"]
-        for label, kind in search.kinds[name].items():
-            settings = search.settings(name, label)
-            if label in methods and [trial["settings"] for trial in methods[label]["trials"]] == settings:
+        for label, method in search.methods[name].items():
+            first = method.first_round(search.trials)
+            planned = [settings for _, settings in first]
+            if label in methods and [t["settings"] for t in methods[label]["trials"]][: search.trials] == planned:
                 continue
-            scores, seconds = _score(kind, settings, streams, study.hidden)
-            trials = [
-                {"settings": trial, "online_accuracy": sum(score) / len(score), "by_seed": score}
-                for trial, score in zip(settings, scores, strict=True)
-            ]
-            best = max(trials, key=lambda trial: float(str(trial["online_accuracy"])))
-            methods[label] = {"kind": kind, "best": best["settings"], "trials": trials, "seconds": seconds}
+            trials, seconds = _try(method.kind, planned, streams, study.hidden)
+            if search.refinements:
+                winner = _best(trials)
+                space = first[trials.index(winner)][0].around(winner["settings"])
+                closer = space.points(search.refinements, seed=len(method.spaces))
+                more, longer = _try(method.kind, closer, streams, study.hidden)
+                trials, seconds = trials + more, seconds + longer
+            best = _best(trials)
+            methods[label] = {"kind": method.kind, "best": best["settings"], "seconds": seconds, "trials": trials}
             with replacing(target) as partial:
                 partial.write_text(json.dumps(report, indent=1) + "\n")
             say(f"{name}.{label}: {best['online_accuracy']:.4f} with {best['settings']} ({seconds:.0f} s)")
     return report
 
 
+def _best(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(trials, key=lambda trial: float(trial["online_accuracy"]))
+
+
 def _begin(search: Search, target: Path) -> dict[str, Any]:
     fresh: dict[str, Any] = {
         "seeds": list(search.seeds),
         "trials": search.trials,
+        "refinements": search.refinements,
         "streams": {
             name: {"stream": {"kind": study.kind, **study.settings}, "hidden": list(study.hidden), "methods": {}}
             for name, study in search.streams.items()
@@ -184,11 +249,11 @@ def _begin(search: Search, target: Path) -> dict[str, Any]:
     return fresh
 
 
-def _score(
+def _try(
     kind: str, settings: list[dict[str, Any]], streams: list[TaskStream], hidden: tuple[int, ...]
-) -> tuple[list[list[float]], float]:
-    """Online accuracy over all tasks of each trial and seed, and the seconds that it took."""
-    scores: list[list[float]] = [[] for _ in settings]
+) -> tuple[list[dict[str, Any]], float]:
+    """The trials with their online accuracy over all tasks, and the seconds that they took."""
+    trials: list[dict[str, Any]] = [{"settings": values} for values in settings]
     seconds = 0.0
     for batch in _batches(settings, len(streams)):
         methods = [construct(METHODS, kind, settings[index], "trial") for index in batch]
@@ -198,8 +263,9 @@ def _score(
         seconds += run.seconds
         accuracy = run.metrics["online_accuracy"].mean(1).reshape(len(methods), len(streams))
         for index, row in zip(batch, accuracy, strict=True):
-            scores[index] = [float(value) for value in row]
-    return scores, seconds
+            trials[index]["online_accuracy"] = float(row.mean())
+            trials[index]["by_seed"] = [float(value) for value in row]
+    return trials, seconds
 
 
 def _batches(settings: list[dict[str, Any]], seeds: int) -> list[list[int]]:
@@ -227,29 +293,19 @@ def stacked(methods: list[Method], repeats: int) -> Method:
     return dataclasses.replace(methods[0], **changes)
 
 
-def study_of_winners(report: Mapping[str, Any], seeds: int | list[int], tasks: Mapping[str, int]) -> str:
-    """A study file with the best settings of each method, on other seeds.
-
-    Args:
-        report: what `run_search` returned.
-        seeds: of the study; none may be a tuning seed.
-        tasks: number of tasks of each stream in the study; default that of the search.
-    """
-    tree = {
-        "seeds": seeds,
-        "streams": {
-            name: {
-                "stream": {**body["stream"], "tasks": tasks.get(name, body["stream"]["tasks"])},
-                "hidden": body["hidden"],
-                "methods": {
-                    label: entry["best"] if entry["kind"] == label else {"kind": entry["kind"], **entry["best"]}
-                    for label, entry in body["methods"].items()
-                },
-            }
-            for name, body in report["streams"].items()
-        },
-    }
-    overlap = set(read_seeds(seeds)) & set(report["seeds"])
-    if overlap:
-        raise SettingsError(f"seeds: expected others than the tuning seeds, got {sorted(overlap)}")
+def study_of_winners(search: Search, report: Mapping[str, Any]) -> str:
+    """A study file with the best settings of each method that `run_search` found."""
+    streams = {}
+    for name, body in report["streams"].items():
+        tasks = search.study["tasks"].get(name, body["stream"]["tasks"])
+        methods = {
+            label: entry["best"] if entry["kind"] == label else {"kind": entry["kind"], **entry["best"]}
+            for label, entry in body["methods"].items()
+        }
+        streams[name] = {
+            "stream": {**body["stream"], "tasks": tasks},
+            "hidden": body["hidden"],
+            "methods": methods,
+        }
+    tree = {"seeds": search.study["seeds"], "streams": streams}
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)

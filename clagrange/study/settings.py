@@ -271,10 +271,12 @@ def read_stream(name: str, body: Any, kept: Sequence[str]) -> StreamStudy:
     check_mapping(f"{where}.methods", body["methods"])
     methods: dict[str, Method] = {}
     for label in stream_methods(body):
-        values = dict(body["methods"][label] or {})
-        method_kind = values.pop("kind", label)
-        if label in kept:
-            methods[label] = construct(METHODS, method_kind, values, f"{where}.methods.{label}")
+        if label not in kept:
+            continue
+        if not isinstance(body["methods"][label], dict):
+            raise SettingsError(f"{where}.methods.{label}: expected settings, got {body['methods'][label]!r}")
+        values = dict(body["methods"][label])
+        methods[label] = construct(METHODS, values.pop("kind", label), values, f"{where}.methods.{label}")
     return StreamStudy(name, kind, resolved, tuple(hidden), methods)
 
 

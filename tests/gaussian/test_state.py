@@ -159,6 +159,18 @@ def test_double_takes_the_state_along() -> None:
     assert_linked(net)
 
 
+def test_conversion_that_makes_new_parameter_objects_keeps_the_link() -> None:
+    net = trained()
+    old = net[0].weight
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        net.float()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert net[0].weight is not old
+    assert_linked(net)
+
+
 def test_a_new_parameter_object_is_linked() -> None:
     net = trained()
     old = net[0].weight

@@ -1,0 +1,133 @@
+"""The search: equal trials, other seeds than the study, resumable, and the source of the demo's settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clagrange.study.search import Dimension, load_search, run_search, study_of_winners
+from clagrange.study.settings import SettingsError, load_study, read_yaml
+
+ROOT = Path(__file__).parents[2]
+SEARCH = {
+    "seeds": [100, 101],
+    "trials": 5,
+    "refinements": 3,
+    "study": {"seeds": 3, "tasks": {"permuted_digits": 2}},
+    "streams": {
+        "permuted_digits": {
+            "stream": {"tasks": 1, "examples": 200, "batch_size": 8},
+            "hidden": [8],
+            "methods": {
+                "sgd": {"lr": {"log": [1e-4, 1.0]}},
+                "l2_init": [
+                    {"base": "sgd", "lr": {"log": [1e-2, 1.0]}},
+                    {"base": "adam", "lr": {"log": [1e-4, 1e-2]}},
+                ],
+            },
+        }
+    },
+}
+
+
+def write(path, tree):
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def changed(**settings):
+    tree = json.loads(json.dumps(SEARCH))
+    tree["streams"]["permuted_digits"]["methods"]["sgd"] = settings
+    return tree
+
+
+def test_a_search_finds_a_better_setting_near_the_best_and_spends_the_same_on_all(tmp_path):
+    search = load_search(write(tmp_path / "search.yaml", SEARCH))
+    report = run_search(search, tmp_path / "found.json", lambda line: None)
+    methods = report["streams"]["permuted_digits"]["methods"]
+    assert json.loads((tmp_path / "found.json").read_text()) == report
+    for entry in methods.values():
+        assert len(entry["trials"]) == 8
+        best = max(entry["trials"], key=lambda trial: trial["online_accuracy"])
+        assert entry["best"] == best["settings"]
+        assert all(len(trial["by_seed"]) == 2 for trial in entry["trials"])
+    rates = [trial["settings"]["lr"] for trial in methods["sgd"]["trials"]]
+    assert all(1e-4 <= rate <= 1.0 for rate in rates)
+    first_best = max(methods["sgd"]["trials"][:5], key=lambda trial: trial["online_accuracy"])["settings"]["lr"]
+    assert all(first_best / 3.2 <= rate <= first_best * 3.2 for rate in rates[5:])
+    assert methods["sgd"]["best"]["lr"] > 1e-2
+    bases = [trial["settings"]["base"] for trial in methods["l2_init"]["trials"][:5]]
+    assert bases == ["sgd", "sgd", "sgd", "adam", "adam"]
+
+
+def test_a_search_goes_on_where_it_stopped(tmp_path):
+    target = tmp_path / "found.json"
+    search = load_search(write(tmp_path / "search.yaml", SEARCH))
+    said: list[str] = []
+    whole = run_search(search, target, said.append)
+    assert len(said) == 2
+    stored = json.loads(target.read_text())
+    del stored["streams"]["permuted_digits"]["methods"]["l2_init"]
+    target.write_text(json.dumps(stored))
+    said.clear()
+    again = run_search(search, target, said.append)
+    assert len(said) == 1
+    for report in (whole, again):
+        for entry in report["streams"]["permuted_digits"]["methods"].values():
+            del entry["seconds"]
+    assert again == whole
+    other = load_search(write(tmp_path / "other.yaml", {**SEARCH, "seeds": [7]}))
+    with pytest.raises(SettingsError, match="holds a search with other settings"):
+        run_search(other, target)
+
+
+def test_winners_make_a_study_on_other_seeds(tmp_path):
+    search = load_search(write(tmp_path / "search.yaml", SEARCH))
+    report = run_search(search, tmp_path / "found.json", lambda line: None)
+    study = load_study(write(tmp_path / "s.yaml", yaml.safe_load(study_of_winners(search, report))))
+    assert study.seeds == (0, 1, 2)
+    assert study.streams["permuted_digits"].settings["tasks"] == 2
+    best = report["streams"]["permuted_digits"]["methods"]["sgd"]["best"]
+    assert study.streams["permuted_digits"].methods["sgd"].lr == best["lr"]
+    overlapping = {**SEARCH, "study": {"seeds": [7, 100], "tasks": {}}}
+    with pytest.raises(SettingsError, match=r"others than the tuning seeds, got \[100\]"):
+        load_search(write(tmp_path / "overlapping.yaml", overlapping))
+
+
+def test_scales():
+    assert Dimension("log", (1e-4, 1.0)).at(0.5) == pytest.approx(1e-2)
+    assert Dimension("uniform", (0.0, 2.0)).at(0.25) == 0.5
+    assert [Dimension("choice", ("a", "b")).at(share) for share in (0.0, 0.49, 0.5, 0.99)] == ["a", "a", "b", "b"]
+    assert Dimension("log", (1e-4, 1.0)).around(1e-4).values == pytest.approx((1e-4, 1e-4 * 10**0.5))
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (changed(lr={"log": [0.1, 0.01]}), "low < high"),
+        (changed(lr={"log": [0.0, 0.01]}), "low < high"),
+        (changed(lr={"lgo": [0.01, 0.1]}), "did you mean 'log'?"),
+        (changed(lrr={"log": [0.01, 0.1]}), "did you mean 'lr'?"),
+        ({**SEARCH, "trials": 0}, "trials: expected a whole number of at least 1"),
+        ({**SEARCH, "trails": 3}, "did you mean 'trials'?"),
+    ],
+)
+def test_bad_searches_are_named(tmp_path, tree, message):
+    with pytest.raises(SettingsError, match=message):
+        load_search(write(tmp_path / "search.yaml", tree))
+
+
+def test_the_demo_shows_the_winners_of_the_stored_search():
+    """Every method had the same number of trials, and the demo's settings are the best of them."""
+    report = json.loads((ROOT / "benchmarks" / "demo_search.json").read_text())
+    search, demo = load_search("demo_search"), read_yaml("demo")
+    assert (report["seeds"], report["trials"]) == (list(search.seeds), search.trials)
+    assert not set(search.seeds) & set(load_study("demo").seeds)
+    for name, body in report["streams"].items():
+        assert set(body["methods"]) == set(search.methods[name]) == set(demo["streams"][name]["methods"])
+        for label, entry in body["methods"].items():
+            assert len(entry["trials"]) == search.trials + search.refinements
+            first = [settings for _, settings in search.methods[name][label].first_round(search.trials)]
+            assert [trial["settings"] for trial in entry["trials"]][: search.trials] == first
+            assert demo["streams"][name]["methods"][label] == entry["best"]
