@@ -39,10 +39,10 @@ class Connection:
         return self.consumer.in_features // self.units if isinstance(self.consumer, nn.Linear) else 1
 
     def activations(self, inputs: Tensor) -> Tensor:
-        """The consumer's inputs as (..., samples, units); positions of a channel count as samples."""
+        """The consumer's inputs as (..., samples, units); positions of a channel or sequence count as samples."""
         if isinstance(self.consumer, nn.Linear):
             if self.copies == 1:
-                return inputs
+                return inputs.flatten(int(self.stacked), -2)
             grouped = inputs.reshape(*inputs.shape[:-1], self.units, self.copies)
             return grouped.transpose(-1, -2).flatten(-3, -2)
         return inputs.movedim(-3, -1).flatten(-4, -2)

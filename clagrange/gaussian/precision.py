@@ -81,6 +81,10 @@ class Precision(nn.Module, ABC):
     def reset(self, mask: Tensor | None = None) -> None:
         """Return the precision to its prior and forget the curvature, everywhere or where ``mask`` is true."""
 
+    @abstractmethod
+    def start_over(self, mean: Tensor) -> None:
+        """Be as new for a freshly drawn mean: `reset`, with a prior around initial weights moved to these."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Precision":
         # .half() and .bfloat16() would lose the precision's digits: follow the device, keep the type
         for name, buffer in self.named_buffers(recurse=False):
@@ -239,6 +243,12 @@ class DiagonalPrecision(Precision):
         else:
             self.precision.copy_(torch.where(mask, self.prior_precision, self.precision))
             self.curvature.masked_fill_(mask, 0.0)
+
+    def start_over(self, mean: Tensor) -> None:
+        """`reset`; a prior mean of "initial" becomes ``mean``."""
+        self.reset()
+        if self.prior_mean.shape == self.precision.shape != self.prior_precision.shape:
+            self.prior_mean.copy_(mean)
 
     def _total(self, terms: Tensor) -> Tensor:
         return terms.flatten(1).sum(1) if self.stacked else terms.sum()

@@ -73,7 +73,7 @@ class ContinualBackprop(Intervention):
         self.gain = gain
         self.layers = layers
         self._connections: list[Connection] = []
-        self._entering: dict[str, Tensor] = {}
+        self._entering: dict[nn.Module, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_connections": [], "_entering": {}}
@@ -83,7 +83,7 @@ class ContinualBackprop(Intervention):
         super().on_start(network, optimizer)
         self._connections = connections(network, self.layers)
         for connection in self._connections:
-            self._handles.append(connection.consumer.register_forward_pre_hook(self._watch(connection.name)))
+            self._handles.append(connection.consumer.register_forward_pre_hook(self._watch))
             weight = connection.producer.weight
             shape = (weight.shape[0], connection.units) if connection.stacked else (connection.units,)
             # half precision could not count beyond 256
@@ -99,18 +99,15 @@ class ContinualBackprop(Intervention):
             )
             self.state[connection.name] = {name: value.to(like) for name, value in unit_state.items()}
 
-    def _watch(self, name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if module.training and torch.is_grad_enabled():
-                self._entering[name] = args[0].detach()
-
-        return note
+    def _watch(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._entering[module] = args[0].detach()
 
     @torch.no_grad()
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Update utilities and replace the units that are due."""
         for connection in self._connections:
-            entering = self._entering.pop(connection.name, None)
+            entering = self._entering.pop(connection.consumer, None)
             if entering is None:
                 continue
             state = self.state[connection.name]

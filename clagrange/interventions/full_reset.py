@@ -12,7 +12,8 @@ from clagrange.networks import initialize
 class FullReset(Intervention):
     """Draw all weights afresh at every switch and clear the optimizer: what a network without a past reaches.
 
-    Weights are drawn by `clagrange.networks.initialize`, Gaussian precisions return to their prior.
+    Weights are drawn by `clagrange.networks.initialize`, Gaussian precisions return to their prior; a
+    prior around the initial weights moves to the fresh ones.
 
     Args:
         seed: of the random stream.
@@ -23,6 +24,6 @@ class FullReset(Intervention):
         """Start over."""
         initialize(network, self.generators)
         for _, layer in gaussian_layers(network):
-            for name, _ in layer.means():
-                layer.precision_of(name).reset()
+            for name, mean in layer.means():
+                layer.precision_of(name).start_over(mean)
         optimizer.state.clear()

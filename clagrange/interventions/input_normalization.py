@@ -26,16 +26,16 @@ class InputNormalization(Intervention):
         super().__init__()
         check_positive("eps", eps)
         self.eps = eps
+        self._batch_dim = 0
 
     def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Hook the network's inputs."""
         super().on_start(network, optimizer)
-        batch_dim = 0 if replicas_of(network) is None else 1
+        self._batch_dim = 0 if replicas_of(network) is None else 1
+        self._handles.append(network.register_forward_pre_hook(self._hook))
 
-        def normalise(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (self._normalised(args[0], batch_dim, module.training), *args[1:])
-
-        self._handles.append(network.register_forward_pre_hook(normalise))
+    def _hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._normalised(args[0], self._batch_dim, module.training), *args[1:])
 
     @torch.no_grad()
     def _normalised(self, inputs: Tensor, batch_dim: int, update: bool) -> Tensor:

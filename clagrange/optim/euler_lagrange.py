@@ -68,7 +68,7 @@ class EulerLagrange(Optimizer):
         foreach: use torch's multi-tensor kernels. None: where precisions are diagonal and every number of the
             group is a plain one.
 
-    Every number may be a tensor of shape (R,) for a stacked network.
+    Every number may be a tensor of shape (R,) for a stacked network; torch's schedulers take plain numbers only.
 
     Raises:
         ValueError: if a number is out of range or no parameter is Gaussian.

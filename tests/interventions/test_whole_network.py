@@ -1,6 +1,8 @@
 """The interventions that act on all weights or on the inputs: what each of them exists for."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -11,7 +13,14 @@ from torch import nn
 
 from clagrange import gaussianize, replicas
 from clagrange.gaussian import gaussian_parameters
-from clagrange.interventions import FullReset, InputNormalization, L2Init, ShrinkAndPerturb, VarianceInjection
+from clagrange.interventions import (
+    ContinualBackprop,
+    FullReset,
+    InputNormalization,
+    L2Init,
+    ShrinkAndPerturb,
+    VarianceInjection,
+)
 from clagrange.networks import initialize
 from clagrange.networks import mlp as package_mlp
 from clagrange.optim import EulerLagrange
@@ -288,3 +297,35 @@ def test_variance_injection_needs_gaussian_weights() -> None:
     method.on_start(net, sgd(net))
     with pytest.raises(ValueError, match=r"call clagrange.gaussianize\(module\) first"):
         method.on_switch(net, sgd(net))
+
+
+def test_full_reset_moves_a_prior_around_the_initial_weights():
+    net = gaussianize(package_mlp(4, [3], 2), prior_mean="initial")
+    optimizer = EulerLagrange(net)
+    reset = FullReset(seed=3)
+    reset.on_start(net, optimizer)
+    before = net[1].weight_precision.prior_mean.clone()
+    reset.on_switch(net, optimizer)
+    assert not torch.equal(net[1].weight_precision.prior_mean, before)
+    torch.testing.assert_close(net[1].weight_precision.prior_mean, net[1].weight.detach())
+    zero = gaussianize(package_mlp(4, [3], 2))
+    reset.on_switch(zero, EulerLagrange(zero))
+    assert not zero[1].weight_precision.prior_mean.any()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+@pytest.mark.parametrize(
+    "make", [InputNormalization, lambda: ContinualBackprop(replacement_rate=0.5, maturity=0)]
+)
+def test_a_network_with_live_hooks_copies_and_its_copy_leaves_the_original_alone(make, copied):
+    net = package_mlp(4, [3], 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    intervention = make()
+    intervention.on_start(net, optimizer)
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    net(inputs)
+    twin = copied(net)
+    torch.testing.assert_close(twin.eval()(inputs), net.eval()(inputs), rtol=0, atol=0)
+    state = copy.deepcopy(intervention.state)
+    twin.train()(inputs + 5.0)
+    assert str(intervention.state) == str(state)

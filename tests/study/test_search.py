@@ -90,7 +90,7 @@ def test_winners_make_a_study_on_other_seeds(tmp_path):
     assert study.streams["permuted_digits"].settings["tasks"] == 2
     best = report["streams"]["permuted_digits"]["methods"]["sgd"]["best"]
     assert study.streams["permuted_digits"].methods["sgd"].lr == best["lr"]
-    overlapping = {**SEARCH, "study": {"seeds": [7, 100], "tasks": {}}}
+    overlapping = {**SEARCH, "study": {"seeds": [7, 100], "tasks": {"permuted_digits": 1}}}
     with pytest.raises(SettingsError, match=r"others than the tuning seeds, got \[100\]"):
         load_search(write(tmp_path / "overlapping.yaml", overlapping))
 
