@@ -2,9 +2,12 @@
 
 import ast
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -164,3 +167,37 @@ def test_everything_exported_is_there() -> None:
         for export in getattr(module, "__all__", ()):
             assert hasattr(module, export), f"clagrange.{name}.{export}"
     assert all(hasattr(clagrange, export) for export in clagrange.__all__)
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_one_name_with_all_files_and_imports_from_elsewhere(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*pip, str(tmp_path), str(source)], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    code = {name for name in names if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in code} == {"clagrange"}
+    assert "clagrange/py.typed" in code
+    for name, path in sources().items():
+        inside = "clagrange/" + name.replace(".", "/") if name != "__init__" else "clagrange"
+        suffix = "/__init__.py" if path.name == "__init__.py" else ".py"
+        assert inside + suffix in code, name
+    assert {Path(name).name for name in code if name.endswith(".yaml")} == {
+        path.name for path in (ROOT / "configs").glob("*.yaml")
+    }
+    program = "import clagrange, clagrange.study.settings as s; print(clagrange.__file__); s.read_yaml('demo')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.startswith(str(tmp_path / "installed"))
