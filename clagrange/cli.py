@@ -121,11 +121,11 @@ def _compare(chosen: Namespace, console: Console) -> int:
         with _progress_bar(console) as show:
             results = run_study(study, folder, workers=chosen.workers, show=show)
     except Interrupted as stop:
-        write_output(study, folder, status="interrupted")
+        write_output(folder, status="interrupted")
         return _fail(f"interrupted; {stop} and kept in {folder.path}; go on with --resume", INTERRUPTED)
     except RuntimeError as error:
         return _fail(str(error), 1)
-    write_output(study, folder, status="complete", results=results, console=console)
+    write_output(folder, status="complete", results=results, console=console)
     return 0
 
 
@@ -162,13 +162,12 @@ def _progress_bar(console: Console) -> Iterator[Callable[[Any], None]]:
 def _report(chosen: Namespace, console: Console) -> int:
     from clagrange.study.output import write_output
     from clagrange.study.runner import Folder
-    from clagrange.study.settings import SettingsError, load_study
+    from clagrange.study.settings import SettingsError
 
     folder = Folder(Path(chosen.folder))
     if not folder.config.is_file():
         raise SettingsError(f"folder: expected the folder of a study (with config.yaml), got {chosen.folder!r}")
-    study = load_study(folder.config)
-    write_output(study, folder, console=console, markdown=chosen.markdown)
+    write_output(folder, console=console, markdown=chosen.markdown)
     return 0
 
 

@@ -3,15 +3,14 @@
 import json
 from collections.abc import Sequence
 
+import yaml
 from rich.console import Console
 
 from clagrange.study.results import MethodResult
 from clagrange.study.runner import Folder, stored_results
-from clagrange.study.settings import Study
 
 
 def write_output(
-    study: Study,
     folder: Folder,
     *,
     status: str | None = None,
@@ -22,8 +21,7 @@ def write_output(
     """Write summary.json, pictures, TensorBoard events and report.html, and print the table.
 
     Args:
-        study: what was run.
-        folder: where its results are.
+        folder: of a study.
         status: "complete" or "interrupted", of a run that has just ended. None for stored results: then it is
             read off what is there, and the environment is the one that was stored.
         results: the finished runs; default: read from the folder.
@@ -36,13 +34,16 @@ def write_output(
     from clagrange.study.summary import environment, summarize, table, write_summary
     from clagrange.study.summary import markdown as as_markdown
 
-    found = list(stored_results(study, folder) if results is None else results)
+    streams = yaml.safe_load(folder.config.read_text())["streams"]
+    planned = {name: list(body["methods"]) for name, body in streams.items()}
+    runs = [(name, method) for name, methods in planned.items() for method in methods]
+    found = list(stored_results(folder, runs) if results is None else results)
     summary = summarize(
         found,
-        status=status or ("complete" if len(found) == len(study.runs()) else "interrupted"),
+        status=status or ("complete" if len(found) == len(runs) else "interrupted"),
         environment=(status is None and _stored_environment(folder)) or environment(),
-        planned={name: list(stream.methods) for name, stream in study.streams.items()},
-        tasks={name: stream.settings["tasks"] for name, stream in study.streams.items()},
+        planned=planned,
+        tasks={name: body["stream"]["tasks"] for name, body in streams.items()},
     )
     write_summary(folder.path, summary)
     write_plots(folder.path, found)

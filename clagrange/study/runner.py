@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -174,12 +174,12 @@ def run_study(
         raise Interrupted(*_finished_tasks(study, folder)) from None
     show(progress)
     shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
-    return stored_results(study, folder)
+    return stored_results(folder, study.runs())
 
 
-def stored_results(study: Study, folder: Folder) -> list[MethodResult]:
-    """The results of the finished runs, in the order of the study."""
-    return [MethodResult.read(folder.result(*job)) for job in study.runs() if folder.result(*job).exists()]
+def stored_results(folder: Folder, runs: Sequence[tuple[str, str]]) -> list[MethodResult]:
+    """The results of those runs, given by stream and method, that are finished."""
+    return [MethodResult.read(folder.result(*run)) for run in runs if folder.result(*run).exists()]
 
 
 def _steps(study: Study, stream: str, method: str) -> int:
