@@ -133,3 +133,129 @@ def ornstein_uhlenbeck(
         + keep * (mean - prior_mean)
         + torch.sqrt((1.0 - keep * keep).clamp(min=0.0)) * (prior_deviation * noise)
     )
+
+
+def log_variance_step(log_deviation: Tensor, equilibrium: Tensor, fraction: Scalar) -> Tensor:
+    """log σ ← log σ* + (1 − r)(log σ − log σ*): exact for the linearised flow, at every discount.
+
+    With r = `relaxation_fraction` and y = log(σ/σ*) the error of one step is of second order in y at every
+    discount. `relaxed_precision`, also exact to first order in y, is exact in y at infinite discount.
+
+    Args:
+        log_deviation: log σ.
+        equilibrium: log σ*, with σ*² = T/(h + δ).
+        fraction: r in [0, 1].
+    """
+    return log_deviation + fraction * (equilibrium - log_deviation)
+
+
+def log_variance_flow(log_ratio: Tensor, lr: Scalar, discount: Scalar = math.inf) -> Tensor:
+    """y' for y = log(σ/σ*) when the mean rests: −λ(c)·y, the stable root λ taken at the rate c(y).
+
+    c(y) = lr·(e^{2y} − 1)/(2y), the overdamped rate with the force at y in place of its linear form. Exact in y
+    at infinite discount, y' = −(lr/2)(e^{2y} − 1); at finite discount exact to first order in y, with an error
+    of second order, and with the right sign and growth for every y. (No closed form is known in between: the
+    exact field solves an Abel equation; at discount 0 it is `zero_discount_flow`.)
+
+    Args:
+        log_ratio: y.
+        lr: ητ/γ per step.
+        discount: γ per step, > 0.
+
+    Returns:
+        Change of y per step.
+    """
+    small = log_ratio.abs() < 1e-30
+    safe = torch.where(small, torch.ones_like(log_ratio), log_ratio)
+    shape = torch.where(small, torch.ones_like(log_ratio), torch.expm1(2.0 * safe) / (2.0 * safe))
+    return -stable_root(lr * shape, discount) * log_ratio
+
+
+def second_order_manifold(
+    offset: Tensor, log_ratio: Tensor, root: Scalar, discount: Scalar = math.inf
+) -> tuple[Tensor, Tensor]:
+    """x', y' on the stable manifold of the coupled mean and variance, at any discount, to second order.
+
+    With x = (μ − μ*)/σ*, y = log(σ/σ*), the exact equations x'' − (γ + 2y')x' = κe^{2y}x and
+    y'' − γy' = −½x'²e^{−2y} + (κ/2)(e^{2y} − 1), κ = ητ, and λ the `stable_root` (λ² + γλ = κ):
+
+        x' = −λx[1 + 2y(2λ + γ)/(3λ + γ)]
+        y' = −λy − λ(λ + γ)y²/(3λ + γ) + λ²x²/(2(3λ + γ))
+
+    The last term is the motion term: variance rises because the mean moves. After a pure shift by x₀ standard
+    deviations y rises to λx₀²/(8(3λ + γ)) (to this order), and the effect dies as 1/γ² for large γ.
+
+    The error is of third order in (x, y). The field is a series: use it for |x| ≲ 1 and |y| ≲ ½, where x' has
+    the right sign (1 + 2y ≥ 0); beyond, clip its arguments.
+
+    Args:
+        offset: x.
+        log_ratio: y, broadcasts against ``offset``.
+        root: λ = stable_root(lr, discount), the rate of both per step.
+        discount: γ per step, ≥ 0; with 0 the root is √(ητ).
+
+    Returns:
+        x' and y', change per step.
+
+    Example:
+        >>> x, y = torch.tensor([2.0]), torch.tensor([0.0])
+        >>> second_order_manifold(x, y, root=1.0, discount=0.0)[1]  # x²/6
+        tensor([0.6667])
+        >>> second_order_manifold(x, y, root=1.0)[1]
+        tensor([0.])
+    """
+    share = root / (3.0 * root + discount)  # from 1/3 at discount 0 down to 0
+    velocity = -root * offset * (1.0 + 2.0 * (1.0 - share) * log_ratio)
+    growth = -root * log_ratio * (1.0 + (1.0 - 2.0 * share) * log_ratio) + 0.5 * root * share * offset.square()
+    return velocity, growth
+
+
+def ballistic_step(gradient: Tensor, curvature: Tensor, speed: Scalar) -> Tensor:
+    """Δθ = −speed·g/√h: the limit of discount 0 and a short step.
+
+    With speed = √(ηk)Δt this is −√(ηk)Δt·H^{−1/2}g; for the mean of a Gaussian weight speed = √(ηkv)Δt. The
+    exact step −(1 − e^{−λ})g/h has λ = speed·√h at discount 0, so the error is of first order in λ, and at a
+    small discount another of relative size γ/(2λ).
+
+    Args:
+        gradient: g.
+        curvature: h > 0 (where it is 0 no ballistic step is finite: the loss is linear there).
+        speed: √(ηk)·Δt > 0, in units of θ per root of loss.
+
+    Source: Vastola, Gershman, Rajan (2025), Eqs. 7, 32 and 87.
+    """
+    return -speed * gradient * curvature.rsqrt()
+
+
+def flat_direction_growth(variance: Tensor, lr: Scalar) -> Tensor:
+    """v ← v·e^{lr}: how the variance of a dead weight (h = 0, no prior) grows; exact for every discount γ > 0.
+
+    log v' = ητ/γ solves ℓ'' − γℓ' = −ητ/2 and is its one solution that does not run away. At γ = 0 growth has
+    no finite optimum unless there is a prior.
+
+    Args:
+        variance: v > 0.
+        lr: ητ/γ per step.
+    """
+    return variance * (torch.exp(lr) if isinstance(lr, Tensor) else math.exp(lr))
+
+
+def zero_discount_flow(log_ratio: Tensor, speed: Scalar) -> Tensor:
+    """y' = −sgn(y)·√(ητ·[½(e^{2y} − 1) − y]) for y = log(σ/σ*): exact at discount 0 while the mean rests.
+
+    It is the first integral E = 0 of y'' = (ητ/2)(e^{2y} − 1): kinetic energy equals potential energy.
+
+    Args:
+        log_ratio: y.
+        speed: √(ητ) per step, the rate at which y decays near 0.
+
+    Returns:
+        Change of y per step.
+    """
+    series = torch.zeros_like(log_ratio)
+    for n in range(14, 1, -1):  # Σ_{n≥2} 2^{n−1} y^{n−2}/n!
+        series = series * log_ratio + 2.0 ** (n - 1) / math.factorial(n)
+    near = log_ratio.abs() < 0.3  # where the closed form would cancel
+    far = torch.where(near, torch.ones_like(log_ratio), log_ratio)
+    shape = torch.where(near, series, (0.5 * torch.expm1(2.0 * far) - far) / far.square())
+    return -speed * log_ratio * torch.sqrt(shape)
