@@ -10,8 +10,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import clagrange
+from clagrange.dynamics import Belief
 from clagrange.networks import initialize
-from clagrange.optim import EulerLagrange, StackedAdam, StackedSGD
+from clagrange.optim import (
+    Ballistic,
+    BeliefAdam,
+    Drift,
+    EulerLagrange,
+    GeometricMean,
+    NaturalGradient,
+    OptimalMomentum,
+    StackedAdam,
+    StackedSGD,
+)
 
 R = 3
 """Replicas of the stacked tests."""
@@ -162,6 +173,14 @@ EULER_LAGRANGE = OptimizerCase(
         ({"variance_rate": 1.5}, ValueError, r"variance_rate: "),
         ({"curvature_decay": 1.0}, ValueError, r"curvature_decay: expected a number in \[0, 1\), got 1"),
         ({"trust_region": 0.0}, ValueError, r"trust_region: "),
+        ({"motion": True}, ValueError, r"motion: expected a finite discount .*got discount inf"),
+        ({"motion": 1}, TypeError, r"motion: expected True or False, got 1"),
+        ({"curvature_decay": Belief(0.0, 0.1, 1.0)}, ValueError, r"curvature_decay: .*finite discount"),
+        (
+            {"curvature_decay": {"decay": 1.0}},
+            ValueError,
+            r"curvature_decay: expected the numbers decay, process",
+        ),
         ({"deterministic_lr": -0.1}, ValueError, r"deterministic_lr: "),
         ({"loss_reduction": "avg"}, ValueError, r"loss_reduction: expected one of mean, sum, position_mean"),
         ({"loss_reduction": "means"}, ValueError, r"did you mean 'mean'"),
@@ -171,6 +190,8 @@ EULER_LAGRANGE = OptimizerCase(
         {"foreach": False},
         {"discount": 0.2, "variance_rate": 0.05, "trust_region": 0.5},
         {"trust_region": math.inf, "curvature_decay": 0.9},
+        {"discount": 0.5, "motion": True, "curvature_decay": Belief(0.01, 0.1, 1.0)},
+        {"discount": 2.0, "motion": True, "foreach": False},
     ],
 )
 
@@ -213,4 +234,151 @@ STACKED_ADAM = OptimizerCase(
     options=[{"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 1e-4}],
 )
 
-OPTIMIZERS = [EULER_LAGRANGE, STACKED_SGD, STACKED_ADAM]
+MOMENTS = {"gradient_belief": Belief(0.01, 0.4, 1.0), "square_belief": Belief.averaging(0.99, 1.0)}
+
+BALLISTIC = OptimizerCase(
+    "Ballistic",
+    Ballistic,
+    settings={"lr": 0.01},
+    stacked_settings={
+        "lr": tensor(0.01, 0.003, 0.0),
+        "curvature_decay": tensor(0.9, 0.999, 0.0),
+        "eps": tensor(1e-8, 1e-3, 1e-2),
+        "examples": tensor(1.0, 8.0, 4.0),
+    },
+    bad=[
+        ({"lr": -1.0}, ValueError, r"lr: expected a number in \[0, inf\), got -1"),
+        ({"eps": -1e-8}, ValueError, r"eps: "),
+        ({"curvature_decay": 1.5}, ValueError, r"curvature_decay: expected a number in \[0, 1\], got 1.5"),
+        ({"curvature_decay": "long"}, TypeError, r"curvature_decay: expected a number"),
+        ({"examples": 0}, ValueError, r"examples: "),
+    ],
+    options=[{"bias_correction": False}, {"curvature_decay": Belief(0.0, 0.1, 1.0), "examples": 8}],
+)
+
+OPTIMAL_MOMENTUM = OptimizerCase(
+    "OptimalMomentum",
+    OptimalMomentum,
+    settings={"lr": 0.1},
+    stacked_settings={
+        "lr": tensor(0.1, 0.03, 0.2),
+        "discount": tensor(math.inf, 1.0, 0.1),
+        "horizon": tensor(1.0, 3.0, 0.5),
+        "curvature_decay": tensor(0.99, 0.9, 0.5),
+        "examples": tensor(8.0, 1.0, 4.0),
+    },
+    bad=[
+        ({"lr": 0.0}, ValueError, r"lr: expected a number in \(0, inf\), got 0"),
+        ({"discount": 0.0}, ValueError, r"discount: "),
+        ({"horizon": -1.0}, ValueError, r"horizon: "),
+        ({"curvature_decay": -0.1}, ValueError, r"curvature_decay: "),
+        ({"curvature_decay": Belief(0.0, 0.1, 1.0)}, ValueError, r"curvature_decay: expected a finite discount"),
+        (
+            {"curvature_decay": {"decay": 0.1}},
+            ValueError,
+            r"curvature_decay: expected the numbers decay, process",
+        ),
+    ],
+    options=[
+        {"discount": 0.5, "curvature_decay": Belief(0.01, 0.1, 1.0), "examples": 8},
+        {"horizon": 3.0, "discount": 5.0, "examples": 8},
+    ],
+)
+
+NATURAL_GRADIENT = OptimizerCase(
+    "NaturalGradient",
+    NaturalGradient,
+    settings={"lr": 0.02, "damping": 1.0},
+    stacked_settings={
+        "lr": tensor(0.02, 0.003, 0.05),
+        "metric_decay": tensor(0.9, 0.99, 0.0),
+        "damping": tensor(0.1, 1.0, 0.01),
+        "examples": tensor(8.0, 1.0, 4.0),
+    },
+    bad=[
+        ({"lr": -1.0}, ValueError, r"lr: expected a number in \[0, inf\), got -1"),
+        ({"metric_decay": 1.1}, ValueError, r"metric_decay: expected a number in \[0, 1\], got 1.1"),
+        ({"damping": 0.0}, ValueError, r"damping: expected a number in \(0, inf\), got 0"),
+        ({"structure": "dense"}, ValueError, r"structure: expected one of diagonal, kronecker"),
+        ({"structure": "kronecker"}, TypeError, r"params: expected the network itself for structure='kronecker'"),
+    ],
+    options=[{"metric_decay": 0.9, "damping": 0.3}],
+)
+
+GEOMETRIC_MEAN = OptimizerCase(
+    "GeometricMean",
+    GeometricMean,
+    settings={"lr": 0.01, "damping": 0.1},
+    stacked_settings={
+        "lr": tensor(0.01, 0.003, 0.05),
+        "metric_decay": tensor(0.99, 0.9, 0.5),
+        "curvature_decay": tensor(0.9, 0.99, 0.0),
+        "damping": tensor(0.1, 1.0, 0.01),
+        "examples": tensor(8.0, 1.0, 4.0),
+    },
+    bad=[
+        ({"lr": -1.0}, ValueError, r"lr: expected a number in \[0, inf\), got -1"),
+        ({"metric_decay": 1.1}, ValueError, r"metric_decay: "),
+        ({"curvature_decay": -1.0}, ValueError, r"curvature_decay: "),
+        ({"damping": -0.1}, ValueError, r"damping: "),
+        ({"structure": "kroneker"}, ValueError, r"did you mean 'kronecker'"),
+    ],
+    options=[{"metric_decay": 0.999, "curvature_decay": 0.9}],
+)
+
+BELIEF_ADAM = OptimizerCase(
+    "BeliefAdam",
+    BeliefAdam,
+    settings={"lr": 0.03},
+    stacked_settings={
+        "lr": tensor(1e-2, 1e-3, 3e-2),
+        "gradient_belief": tensor(0.9, 0.0, 0.5),
+        "square_belief": tensor(0.999, 0.9, 0.99),
+        "eps": tensor(1e-8, 1e-4, 1e-2),
+        "discount": tensor(1.0, 2.0, 0.5),
+    },
+    bad=[
+        ({"lr": -1.0}, ValueError, r"lr: expected a number in \[0, inf\), got -1"),
+        ({"gradient_belief": 1.0}, ValueError, r"gradient_belief: expected a number in \[0, 1\), got 1"),
+        ({"discount": math.inf}, ValueError, r"discount: .*got inf"),
+        ({"observation": "moment"}, ValueError, r"did you mean 'moments'"),
+        ({"observation": "gaussian"}, TypeError, r"gradient_belief: expected a Belief, got 0.9"),
+        ({"eps": math.nan}, ValueError, r"eps: .*got nan"),
+    ],
+    options=[MOMENTS, {"observation": "gaussian", "eps": 1e-2, **MOMENTS}],
+)
+
+DRIFT = OptimizerCase(
+    "Drift",
+    Drift,
+    settings={"lr": 0.1, "examples": 8},
+    stacked_settings={
+        "lr": tensor(0.1, 0.03, 0.2),
+        "weight_decay": tensor(0.0, 0.01, 0.1),
+        "rotation": tensor(0.0, 0.1, -0.05),
+        "discount": tensor(math.inf, 1.0, 0.1),
+        "curvature_decay": tensor(0.99, 0.9, 0.5),
+    },
+    bad=[
+        ({"lr": 0.0}, ValueError, r"lr: "),
+        ({"weight_decay": -0.1}, ValueError, r"weight_decay: "),
+        ({"rotation": math.nan}, ValueError, r"rotation: .*got nan"),
+        ({"discount": 0.0}, ValueError, r"discount: .*the objective is infinite with a drift"),
+    ],
+    options=[
+        {"weight_decay": 1e-4, "rotation": 1e-4},
+        {"discount": 0.5, "weight_decay": 1e-4, "rotation": -1e-4, "curvature_decay": Belief(0.0, 0.1, 1.0)},
+    ],
+)
+
+OPTIMIZERS = [
+    EULER_LAGRANGE,
+    STACKED_SGD,
+    STACKED_ADAM,
+    BALLISTIC,
+    OPTIMAL_MOMENTUM,
+    NATURAL_GRADIENT,
+    GEOMETRIC_MEAN,
+    BELIEF_ADAM,
+    DRIFT,
+]

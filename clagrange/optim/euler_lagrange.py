@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from clagrange._checks import (
@@ -17,8 +17,9 @@ from clagrange._checks import (
     check_replicas,
 )
 from clagrange.distributed import process_count
-from clagrange.dynamics import relaxation_fraction
-from clagrange.gaussian import DiagonalPrecision, GaussianLayer, Precision, owner_of
+from clagrange.dynamics.beliefs import Belief, as_belief, as_numbers
+from clagrange.gaussian import GaussianLayer, owner_of
+from clagrange.optim.euler_lagrange_step import Block, step_blocks
 from clagrange.optim.stacked import adam_step, restore_state
 
 _NO_GAUSSIAN = (
@@ -58,9 +59,16 @@ class EulerLagrange(Optimizer):
             directions and slows soft ones less (ballistic).
         variance_rate: r in (0, 1]. None ties it to the mean's rate, r = 1 − e^{−λ_τ}: near equilibrium mean
             and log σ decay alike.
-        curvature_decay: β in [0, 1).
+        curvature_decay: β in [0, 1); or a `clagrange.dynamics.Belief`: the curvature decays, wanders and is seen
+            with noise, which gives β = e^{−λ_κ} at the discount, and h ← βh + (1 − β)·(s²/r²)/κ²·n g². A mapping
+            of its three numbers serves too, for files. Needs a finite discount.
         trust_region: bound on the step of each mean, in units of its posterior standard deviation; infinite
             for none.
+        motion: let variance rise because the mean moves, the force −μ'² of Eq. 16. With u the average of the
+            steps of the mean, with the memory of the curvature, s ← s_p + (s − s_p)·exp(−u²s/(γ + 3λ_τ)) after
+            each step (see `clagrange.optim.motion`, also for what it is worth). Costs one more tensor per weight
+            and the time named there. The velocity u is the optimizer's, so a new one starts at rest. Needs
+            diagonal precisions and a finite discount, since the effect vanishes as 1/γ².
         deterministic_lr: learning rate of parameters that are not Gaussian.
         loss_reduction: how the loss averages: "mean" over examples, "sum" over examples, or "position_mean"
             over examples and further leading dimensions such as tokens.
@@ -71,7 +79,10 @@ class EulerLagrange(Optimizer):
     Every number may be a tensor of shape (R,) for a stacked network; torch's schedulers take plain numbers only.
 
     Raises:
-        ValueError: if a number is out of range or no parameter is Gaussian.
+        TypeError: if a setting is of the wrong kind; in ``step``, if ``motion`` meets a precision that is not
+            diagonal.
+        ValueError: if a number is out of range, no parameter is Gaussian, or a belief or ``motion`` meets an
+            infinite discount.
         RuntimeError: in ``step``, if a Gaussian parameter has a gradient but its layer saw no example.
 
     Source: Vastola, Gershman, Rajan (2025), section 6, Eqs. 15-16 and 143-149; the finite-discount rule is
@@ -92,8 +103,9 @@ class EulerLagrange(Optimizer):
         *,
         discount: Number = math.inf,
         variance_rate: Number | None = None,
-        curvature_decay: Number = 0.99,
+        curvature_decay: Number | Belief = 0.99,
         trust_region: Number = 1.0,
+        motion: bool = False,
         deterministic_lr: Number = 1e-3,
         loss_reduction: str = "mean",
         maximize: bool = False,
@@ -104,8 +116,9 @@ class EulerLagrange(Optimizer):
             "temperature": temperature,
             "discount": discount,
             "variance_rate": variance_rate,
-            "curvature_decay": curvature_decay,
+            "curvature_decay": as_numbers(curvature_decay),
             "trust_region": trust_region,
+            "motion": motion,
             "deterministic_lr": deterministic_lr,
             "loss_reduction": loss_reduction,
             "maximize": maximize,
@@ -117,8 +130,10 @@ class EulerLagrange(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its settings checked."""
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["curvature_decay"] = as_numbers(group["curvature_decay"])
         try:
-            _check_settings(self.param_groups[-1])
+            _check_settings(group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -149,7 +164,7 @@ class EulerLagrange(Optimizer):
         used: dict[int, GaussianLayer] = {}
         found = False
         for group in self.param_groups:
-            blocks: list[tuple[Tensor, Tensor, Precision, int]] = []
+            blocks: list[Block] = []
             for parameter in group["params"]:
                 owner = owner_of(parameter)
                 found = found or owner is not None
@@ -171,9 +186,10 @@ class EulerLagrange(Optimizer):
                 examples = _examples(layer, name, group["loss_reduction"])
                 if group["loss_reduction"] == "sum":
                     gradient = gradient * (process_count() / examples)
-                blocks.append((parameter, gradient, layer.precision_of(name), examples))
+                state = self.state[parameter] if group["motion"] else {}
+                blocks.append(Block(parameter, gradient, layer.precision_of(name), examples, state))
             if blocks:
-                _step_blocks(blocks, group)
+                step_blocks(blocks, group)
         if not found:
             raise RuntimeError(_NO_GAUSSIAN)
         for layer in used.values():
@@ -187,7 +203,22 @@ def _check_settings(group: dict[str, Any]) -> None:
     check_number("discount", group["discount"], low=0.0, open_low=True)
     if group["variance_rate"] is not None:
         check_number("variance_rate", group["variance_rate"], low=0.0, high=1.0, open_low=True)
-    check_number("curvature_decay", group["curvature_decay"], low=0.0, high=1.0, open_high=True)
+    belief = as_belief("curvature_decay", group["curvature_decay"])
+    if isinstance(belief, Belief):
+        _refuse_infinite(
+            "curvature_decay",
+            group["discount"],
+            "a belief, since at an infinite one its rate is its own decay and it never heeds an observation; "
+            "give the average's β instead, or Belief.averaging(β, discount)",
+        )
+    if not isinstance(group["motion"], bool):
+        raise TypeError(f"motion: expected True or False, got {group['motion']!r}")
+    if group["motion"]:
+        _refuse_infinite(
+            "motion",
+            group["discount"],
+            "the motion term, which vanishes as 1/discount² and is 0 at an infinite one",
+        )
     check_number("trust_region", group["trust_region"], low=0.0, open_low=True)
     check_fraction("deterministic_lr", group["deterministic_lr"])
     check_choice("loss_reduction", group["loss_reduction"], ("mean", "sum", "position_mean"))
@@ -195,8 +226,13 @@ def _check_settings(group: dict[str, Any]) -> None:
         owner = owner_of(parameter)
         if owner is not None:
             replicas = parameter.shape[0] if owner[0].stacked else None
-            for name, value in group.items():
+            for name, value in {**group, **(vars(belief) if isinstance(belief, Belief) else {})}.items():
                 check_replicas(name, value, replicas)
+
+
+def _refuse_infinite(name: str, discount: Number, purpose: str) -> None:
+    if isinstance(discount, float) and math.isinf(discount):
+        raise ValueError(f"{name}: expected a finite discount for {purpose}; got discount inf")
 
 
 def _examples(layer: GaussianLayer, name: str, loss_reduction: str) -> int:
@@ -209,95 +245,3 @@ def _examples(layer: GaussianLayer, name: str, loss_reduction: str) -> int:
             f"no example since the last step; run forward and backward through the layer, or set layer.examples"
         )
     return examples * process_count()
-
-
-def squared_gradient(gradient: Tensor, examples: int) -> Tensor:
-    """n·g²: an estimate of the diagonal curvature of the mean loss per example.
-
-    For a log-likelihood near its optimum the per-example gradients have mean 0 and covariance H, so the square
-    of their mean over n examples has expectation H_ii/n. Away from it the estimate exceeds the mean square of
-    the per-example gradients by (n − 1)·(mean gradient)².
-    """
-    return examples * gradient.square()
-
-
-def _step_blocks(blocks: list[tuple[Tensor, Tensor, Precision, int]], group: dict[str, Any]) -> None:
-    rate = group["variance_rate"]
-    fraction = relaxation_fraction(group["lr"], group["discount"]) if rate is None else rate
-    foreach = group["foreach"]
-    if foreach is None:
-        foreach = not any(isinstance(number, Tensor) for number in group.values())
-    diagonal = [block for block in blocks if isinstance(block[2], DiagonalPrecision)] if foreach else []
-    if diagonal:
-        _foreach_step(
-            diagonal,
-            lr=group["lr"],
-            temperature=group["temperature"],
-            discount=group["discount"],
-            curvature_decay=group["curvature_decay"],
-            trust_region=group["trust_region"],
-            fraction=fraction,
-        )
-    for mean, gradient, precision, examples in blocks:
-        if foreach and isinstance(precision, DiagonalPrecision):
-            continue
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        precision.observe(squared_gradient(gradient, examples), group["curvature_decay"])
-        precision.relax(group["temperature"], fraction)
-        mean += precision.displacement(
-            mean,
-            gradient,
-            lr=group["lr"],
-            temperature=group["temperature"],
-            discount=group["discount"],
-            trust_region=group["trust_region"],
-        )
-
-
-def _foreach_step(
-    blocks: list[tuple[Tensor, Tensor, Precision, int]],
-    *,
-    lr: float,
-    temperature: float,
-    discount: float,
-    curvature_decay: float,
-    trust_region: float,
-    fraction: Number,
-) -> None:
-    """The same as `observe`, `relax`, `displacement` of every block, by multi-tensor kernels."""
-    means = [block[0] for block in blocks]
-    gradients = [block[1].to(torch.promote_types(block[1].dtype, torch.float32)) for block in blocks]
-    precisions, curvatures, prior_means, prior_precisions = (
-        [getattr(block[2], name) for block in blocks]
-        for name in ("precision", "curvature", "prior_mean", "prior_precision")
-    )
-    weights = [(1.0 - curvature_decay) * block[3] for block in blocks]
-    torch._foreach_mul_(curvatures, curvature_decay)
-    torch._foreach_addcmul_(curvatures, gradients, gradients, weights)
-    prior_curvatures = torch._foreach_mul(prior_precisions, temperature)
-    stiffness = torch._foreach_add(curvatures, prior_curvatures)
-    torch._foreach_mul_(precisions, 1.0 - float(fraction))
-    torch._foreach_add_(precisions, stiffness, alpha=float(fraction) / temperature)
-
-    steps = torch._foreach_div(stiffness, precisions)
-    torch._foreach_mul_(steps, -lr / temperature)  # minus the overdamped rate
-    if not math.isinf(discount):
-        roots = torch._foreach_mul(steps, -4.0 / discount)
-        torch._foreach_add_(roots, 1.0)
-        torch._foreach_sqrt_(roots)
-        torch._foreach_add_(roots, 1.0)
-        torch._foreach_mul_(steps, 2.0)
-        torch._foreach_div_(steps, roots)
-    torch._foreach_expm1_(steps)
-    torch._foreach_div_(steps, stiffness)
-    forces = torch._foreach_sub(means, prior_means)
-    torch._foreach_mul_(forces, prior_curvatures)
-    torch._foreach_add_(forces, gradients)
-    torch._foreach_mul_(steps, forces)
-    if not math.isinf(trust_region):
-        bounds = torch._foreach_rsqrt(precisions)
-        torch._foreach_mul_(bounds, trust_region)
-        torch._foreach_minimum_(steps, bounds)
-        torch._foreach_neg_(bounds)
-        torch._foreach_maximum_(steps, bounds)
-    torch._foreach_add_(means, steps)

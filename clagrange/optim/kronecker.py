@@ -1,0 +1,121 @@
+"""Kronecker factors of the Fisher matrix of linear layers, seen through hooks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FactorObserver:
+    """Collects Σxxᵀ and Σδδᵀ of a linear layer while gradients accumulate.
+
+    For a layer y = Wx + b and a loss that is the mean over n examples, per-example output gradients δ and inputs
+    x give the Fisher matrix of W, in row-major order of its entries (out, in), approximately as E[δδᵀ] ⊗ E[xxᵀ]
+    (K-FAC). The output gradients that arrive are δ/n.
+
+    It is called as a forward hook, and is copied and pickled with its layer. Stacked layers, weight (R, out, in)
+    and inputs (R, B, ..., in), give factors (R, ., .). Every leading position of an input counts as an example.
+    Gradients that were set to None start the collection afresh; a layer used several times in one graph counts
+    each use.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was collected."""
+        self.examples = 0
+        self.inputs: Tensor | None = None
+        self.outputs: Tensor | None = None
+        self._backward = -1
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(B, A): means of δδᵀ, (…, out, out), and of xxᵀ, (…, in, in); None if no gradient has passed."""
+        if self.inputs is None or self.outputs is None:
+            return None
+        return self.outputs * self.examples, self.inputs / self.examples
+
+    def __call__(self, layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Collect, when the gradient of the output arrives."""
+        if not output.requires_grad:
+            return
+        (seen,) = inputs
+        seen = seen.detach()
+
+        def note(gradient: Tensor) -> None:
+            backward = torch._C._current_graph_task_id()
+            if backward != self._backward and all(parameter.grad is None for parameter in layer.parameters()):
+                self.clear()
+            self._backward = backward
+            stacked = layer.weight.dim() - 2
+            x, d = (_rows(tensor, stacked) for tensor in (seen, gradient))
+            self.examples += x.shape[-2]
+            self.inputs = _added(self.inputs, x.mT @ x)
+            self.outputs = _added(self.outputs, d.mT @ d)
+
+        output.register_hook(note)
+
+
+def _rows(tensor: Tensor, stacked: int) -> Tensor:
+    """(…, positions, width), at least in float32."""
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.reshape(*tensor.shape[:stacked], -1, tensor.shape[-1])
+
+
+def _added(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
+
+
+def observe_layers(network: nn.Module) -> list[tuple[Tensor, FactorObserver]]:
+    """Hook an observer on every linear layer; pairs of weight (and of bias) and observer.
+
+    A layer that has one already shares it.
+
+    Raises:
+        ValueError: if there is no linear layer, or two share a weight.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        raise ValueError(
+            f"params: expected a network with torch.nn.Linear layers for structure='kronecker', got "
+            f"{type(network).__name__} without one"
+        )
+    if len({id(layer.weight) for layer in layers}) < len(layers):
+        raise ValueError("params: expected linear layers with weights of their own, got two that share one")
+    pairs: list[tuple[Tensor, FactorObserver]] = []
+    for layer in layers:
+        hooks = [hook for hook in layer._forward_hooks.values() if isinstance(hook, FactorObserver)]
+        observer = hooks[0] if hooks else FactorObserver()
+        if not hooks:
+            layer.register_forward_hook(observer)
+        pairs += [(parameter, observer) for parameter in (layer.weight, layer.bias) if parameter is not None]
+    return pairs
+
+
+def raised_diagonal(factor: Tensor, jitter: float = 1e-6) -> Tensor:
+    """A factor with ``jitter``·(mean of its diagonal) added to the diagonal, so that it can be inverted."""
+    diagonal: Tensor = factor.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    tiny = torch.finfo(factor.dtype).tiny ** 0.5
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    result: Tensor = factor + (jitter * diagonal + tiny) * identity
+    return result
+
+
+def kronecker_solve(factors: tuple[Tensor, Tensor], gradient: Tensor, damping: Any, power: float = 1.0) -> Tensor:
+    """((B ⊗ A)^power + damping)⁻¹ vec(g), exactly, in the joint eigenbasis of the factors.
+
+    Args:
+        factors: B (…, out, out) and A (…, in, in), symmetric and positive semi-definite.
+        gradient: g (…, out, in), its entries in row-major order.
+        damping: ≥ 0; a number or a tensor that broadcasts against ``gradient``.
+        power: of the product.
+
+    Example:
+        >>> B, A, g = torch.eye(2) * 3.0, torch.eye(3), torch.ones(2, 3)
+        >>> kronecker_solve((B, A), g, damping=1.0)[0]
+        tensor([0.2500, 0.2500, 0.2500])
+    """
+    (b, V), (a, U) = (torch.linalg.eigh(factor) for factor in factors)
+    eigenvalues = (b.clamp(min=0).unsqueeze(-1) * a.clamp(min=0).unsqueeze(-2)) ** power
+    solution: Tensor = V @ ((V.mT @ gradient @ U) / (eigenvalues + damping)) @ U.mT
+    return solution
