@@ -1,7 +1,8 @@
-"""Avalanche: interventions as a plugin, and strategies."""
+"""Avalanche: plugins for interventions and for the energy of training, and strategies."""
 
 from clagrange.strategies.continual_backprop import ContinualBackprop
 from clagrange.strategies.euler_lagrange import EulerLagrange
+from clagrange.strategies.inertia_plugin import InertiaPlugin
 from clagrange.strategies.plugin import InterventionPlugin
 
-__all__ = ["ContinualBackprop", "EulerLagrange", "InterventionPlugin"]
+__all__ = ["ContinualBackprop", "EulerLagrange", "InertiaPlugin", "InterventionPlugin"]

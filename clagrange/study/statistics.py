@@ -1,79 +1,17 @@
 """Intervals over seeds: of a mean, of a curve, of the paired difference of two methods."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from clagrange.metrics.intervals import Array, Interval, bootstrap, check_confidence, interval
 from clagrange.study.results import MethodResult
 
-Array = NDArray[np.float64]
+__all__ = ["Array", "Interval", "band", "interval", "paired_difference", "tenths"]
 
-RESAMPLES = 10_000
-"""Bootstrap resamples of an interval."""
 CURVE_RESAMPLES = 1_000
 """Bootstrap resamples of a band, which is only looked at."""
-_BOOTSTRAP_SEED = 0
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and its confidence interval; None where there is no number.
-
-    Attributes:
-        mean: None if a seed has no finite value: leaving out the seed that diverged would flatter the method.
-        low: lower end; None with fewer than two seeds.
-        high: upper end; None with fewer than two seeds.
-    """
-
-    mean: float | None
-    low: float | None
-    high: float | None
-
-    def as_dict(self) -> dict[str, float | None]:
-        """The form in `summary.json`."""
-        return {"mean": self.mean, "low": self.low, "high": self.high}
-
-
-def interval(values_per_seed: ArrayLike, *, confidence: float = 0.95) -> Interval:
-    """Mean over seeds with its percentile-bootstrap interval.
-
-    Seeds are drawn with replacement 10,000 times, and the interval is the middle ``confidence`` share of the
-    means. The draws are fixed, so that equal results give equal intervals. With few seeds (about fewer than
-    10) the percentile bootstrap is too narrow: with 5 seeds of Gaussian values a nominal 95 % interval covers
-    the true mean in about 85 % of cases.
-
-    Args:
-        values_per_seed: one number for each seed, shape (seeds,).
-        confidence: between 0 and 1.
-
-    Raises:
-        ValueError: if the values are not one number per seed, or ``confidence`` is out of range.
-
-    Example:
-        >>> interval([0.5, 0.5, 0.5])
-        Interval(mean=0.5, low=0.5, high=0.5)
-        >>> interval([0.5])
-        Interval(mean=0.5, low=None, high=None)
-    """
-    values = np.asarray(values_per_seed, dtype=np.float64)
-    if values.ndim != 1:
-        raise ValueError(
-            f"values_per_seed: expected shape (seeds,), got {values.shape}; average over tasks first"
-        )
-    _check_confidence(confidence)
-    if values.size == 0 or not np.isfinite(values).all():
-        return Interval(None, None, None)
-    mean = float(values.mean())
-    if values.size == 1:
-        return Interval(mean, None, None)
-    if (values == values[0]).all():
-        same = float(values[0])
-        return Interval(same, same, same)
-    bounds = _bootstrap(values, confidence, RESAMPLES)
-    return Interval(mean, float(bounds.low), float(bounds.high))
 
 
 def band(curves: ArrayLike, *, confidence: float = 0.95) -> tuple[Array, Array, Array]:
@@ -98,12 +36,12 @@ def band(curves: ArrayLike, *, confidence: float = 0.95) -> tuple[Array, Array, 
         (array([0.5, 0.5]), array([0. , 0.5]))
     """
     values = _matrix(curves, "curves")
-    _check_confidence(confidence)
+    check_confidence(confidence)
     mean, low, high = (np.full(values.shape[1], np.nan) for _ in range(3))
     finite = np.isfinite(values).all(0)
     mean[finite] = values[:, finite].mean(0)
     if len(values) > 1 and finite.any():
-        bounds = _bootstrap(values[:, finite], confidence, CURVE_RESAMPLES)
+        bounds = bootstrap(values[:, finite], confidence, CURVE_RESAMPLES)
         low[finite], high[finite] = bounds.low, bounds.high
     return mean, low, high
 
@@ -161,29 +99,8 @@ def paired_difference(
     return interval(difference, confidence=confidence)
 
 
-def _bootstrap(values: Array, confidence: float, resamples: int) -> Any:
-    """The percentile-bootstrap interval of the mean over the first dimension."""
-    from scipy import stats
-
-    return stats.bootstrap(
-        (values,),
-        np.mean,
-        axis=0,
-        n_resamples=resamples,
-        confidence_level=confidence,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(_BOOTSTRAP_SEED),
-    ).confidence_interval
-
-
 def _matrix(values: ArrayLike, name: str) -> Array:
     matrix = np.asarray(values, dtype=np.float64)
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"{name}: expected shape (seeds, tasks) with at least one of each, got {matrix.shape}")
     return matrix
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence}; 0.95 means 95 %")
