@@ -1,4 +1,4 @@
-"""Put the table and the picture of a finished demo into the README.
+"""Put the tables, the findings and the picture of a finished demo into the README.
 
     python benchmarks/readme.py runs/demo
 
@@ -11,6 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from clagrange.study.report import findings
+from clagrange.study.runner import Folder, stored_results
 from clagrange.study.summary import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -25,12 +27,14 @@ def main(run: Path) -> None:
     KEPT.mkdir(exist_ok=True)
     for name in ("summary.json", "accuracy.png"):
         shutil.copyfile(run / name, KEPT / name)
+    parts = [markdown(summary).strip(), "![online accuracy by task](benchmarks/demo/accuracy.png)"]
+    for stream in summary["streams"]:
+        runs = [(stream["name"], method["name"]) for method in stream["methods"]]
+        said = findings(stream, stored_results(Folder(run), runs))
+        parts.append("\n".join([f"What the numbers of {stream['name']} say:\n", *(f"- {line}" for line in said)]))
     machine = summary["environment"]
-    section = (
-        f"{markdown(summary).strip()}\n\n"
-        f"On {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}.\n\n"
-        "![online accuracy by task](benchmarks/demo/accuracy.png)"
-    )
+    parts.append(f"Measured on {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}.")
+    section = "\n\n".join(parts)
     readme = ROOT / "README.md"
     marks = r"(<!-- demo:begin -->\n).*?(<!-- demo:end -->)"
     readme.write_text(re.sub(marks, lambda m: f"{m[1]}\n{section}\n\n{m[2]}", readme.read_text(), flags=re.S))

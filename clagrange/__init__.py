@@ -12,7 +12,7 @@ from clagrange import _torchvision
 
 _torchvision.declare_operators()
 
-from clagrange import dynamics, gaussian, interventions, metrics, networks, optim, replicas  # noqa: E402
+from clagrange import dynamics, gaussian, interventions, mechanics, metrics, networks, optim, replicas  # noqa: E402
 from clagrange.gaussian import (  # noqa: E402
     DiagonalPrecision,
     GaussianConv2d,
@@ -40,6 +40,7 @@ __all__ = [
     "gaussianize",
     "inject_variance",
     "interventions",
+    "mechanics",
     "metrics",
     "networks",
     "optim",

@@ -1,4 +1,4 @@
-"""The command line: compare, report, tune, list."""
+"""The command line: compare, report, tune, list, figure, verify."""
 
 import contextlib
 import importlib.metadata
@@ -60,6 +60,17 @@ def _parser() -> ArgumentParser:
     listing.add_argument("what", type=str, help="methods, streams or metrics")
     listing.add_argument("--json", action="store_true", help="for programs")
     commands.add_subcommand("list", listing, help="methods, streams or metrics")
+
+    figure = _Parser(description="Draw a figure: PNG, SVG and its numbers in numbers.json.")
+    figure.add_argument("number", type=str, help="1, 2 or 3 (the paper's) or 6 (a task switch)")
+    figure.add_argument("--out", type=str, default="runs/figures", help="folder for the files")
+    commands.add_subcommand("figure", figure, help="the paper's figures")
+
+    verify = _Parser(description="Check closed forms, conservation laws, exact gradients and samplers here.")
+    verify.add_argument("--json", action="store_true", help="for programs")
+    verify.add_argument("--device", type=str, default="cpu", help="where to compute: cpu, cuda, …")
+    verify.add_argument("--dtype", type=str, default="float64", help="float64 or float32")
+    commands.add_subcommand("verify", verify, help="check the mathematics on this machine")
     return parser
 
 
@@ -79,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "report": _report,
         "tune": _tune,
         "list": _list,
+        "verify": _verify,
+        "figure": _figure,
     }
     from clagrange.study.files import DamagedFile
     from clagrange.study.settings import SettingsError
@@ -214,6 +227,43 @@ def _list(chosen: Namespace, console: Console) -> int:
             defaults = ", ".join(f"{name}={value}" for name, value in entry["parameters"].items())
             console.print(f"    {defaults}", highlight=False, markup=False)
     return 0
+
+
+def _figure(chosen: Namespace, console: Console) -> int:
+    from clagrange._checks import did_you_mean
+    from clagrange.figures import FIGURES, write_figure
+    from clagrange.study.settings import SettingsError
+
+    if chosen.number not in FIGURES:
+        raise SettingsError(
+            f"figure: expected one of {', '.join(FIGURES)}; got {chosen.number!r}"
+            f"{did_you_mean(chosen.number, FIGURES)}"
+        )
+    for path in write_figure(chosen.number, Path(chosen.out)):
+        console.print(str(path), markup=False, highlight=False)
+    return 0
+
+
+def _verify(chosen: Namespace, console: Console) -> int:
+    from clagrange.study.settings import SettingsError
+    from clagrange.verify import report, run
+
+    try:
+        checks, summary = run(chosen.device, chosen.dtype)
+    except (
+        ValueError,
+        RuntimeError,
+        TypeError,
+        AssertionError,
+    ) as error:  # torch's, for devices it does not have
+        raise SettingsError(
+            f"verify: cannot compute on {chosen.device!r} in {chosen.dtype!r}: {error}"
+        ) from error
+    if chosen.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        report(checks, console, seconds=summary["seconds"], where=f"{chosen.device}, {chosen.dtype}")
+    return 0 if summary["passed"] else 1
 
 
 def _describe(name: str, kind: type) -> dict[str, Any]:

@@ -19,9 +19,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 LEVELS = [
     {"dynamics", "gaussian", "replicas", "_checks", "_torchvision", "distributed"},
-    {"optim", "interventions", "metrics", "networks", "wiring"},
+    {"optim", "interventions", "mechanics", "metrics", "networks", "wiring"},
     {"callbacks", "strategies", "tasks"},
-    {"configs", "study"},
+    {"configs", "figures", "study", "verify"},
     {"cli", "__main__"},
 ]
 """From the ground up: a part imports its own level and those below."""
