@@ -72,11 +72,12 @@ def check_replicas(name: str, value: object, replicas: int | None) -> None:
         )
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise unless ``value`` is one of ``choices``; a near miss is named."""
     known = list(choices)
     if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}{did_you_mean(value, known)}")
+        words = [str(choice) for choice in known]
+        raise ValueError(f"{name}: expected one of {', '.join(words)}; got {value!r}{did_you_mean(value, words)}")
 
 
 def did_you_mean(value: object, known: Iterable[str]) -> str:

@@ -93,12 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "verify": _verify,
         "figure": _figure,
     }
-    from clagrange.study.files import DamagedFile
+    from clagrange.study.files import FileProblem
     from clagrange.study.settings import SettingsError
 
     try:
         return command[chosen.command](chosen[chosen.command], Console())
-    except (SettingsError, DamagedFile) as error:
+    except (SettingsError, FileProblem) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)

@@ -54,7 +54,7 @@ def _continues(layer: nn.Module, old: GaussianLayer) -> bool:
 
 @torch.no_grad()
 def _take_over(layer: nn.Module, old: GaussianLayer) -> None:
-    initial = any(_diagonal(old, name).prior_mean.numel() > 1 for name, _ in old.means())
+    initial = any(_diagonal(old, name).prior_at_start for name, _ in old.means())
     gaussianize(layer, prior_mean="initial" if initial else "zero")
     assert isinstance(layer, GaussianLayer)
     for name, _ in old.means():

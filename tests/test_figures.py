@@ -10,7 +10,7 @@ from torch import nn
 
 from clagrange.cli import main
 from clagrange.figures import FIGURES, ballistic_training, write_figure
-from clagrange.study.files import DamagedFile
+from clagrange.study.files import FileProblem
 
 
 def drawn(number: str, folder: Path, monkeypatch: pytest.MonkeyPatch, data: Path | None = None) -> dict:
@@ -168,9 +168,9 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="figure: expected one of 1, 2, 3, 6"):
         write_figure("7", tmp_path)
     (tmp_path / "numbers.json").write_text("[]")
-    with pytest.raises(DamagedFile, match="expected a JSON object, got list"):
+    with pytest.raises(FileProblem, match="expected a JSON object, got list"):
         write_figure("1", tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DamagedFile, match="expected a folder"):
+    with pytest.raises(FileProblem, match="expected a folder"):
         write_figure("1", tmp_path / "file")
     assert set(FIGURES) == {"1", "2", "3", "6"}

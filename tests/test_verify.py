@@ -88,6 +88,18 @@ def test_table_is_readable_at_100_columns() -> None:
     assert "tolerance" in text
 
 
+def test_numbers_are_whole_at_80_columns() -> None:
+    console = Console(width=80, record=True)
+    checks = verify()
+    report(checks, console, seconds=1.0, where="cpu, float64")
+    text = console.export_text()
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    for check in checks:
+        assert f"{check.error:.1e}" in text
+        assert f"{check.tolerance:.1e}" in text
+
+
 def test_command_for_programs_and_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     quick = [entry for entry in CHECKS if entry[0] == "Euler-Lagrange dynamics"]
     monkeypatch.setattr(runner, "CHECKS", quick)

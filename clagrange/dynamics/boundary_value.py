@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clagrange._checks import check_number, check_positive
+from clagrange._checks import check_positive
 from clagrange.dynamics.lagrangian import LearningLagrangian, refuse_forward
 from clagrange.dynamics.trajectories import Trajectory, trajectory_of
 
@@ -62,7 +62,8 @@ def settling_trajectory(
         raise ValueError(
             f"start and rest: expected one shape (n,), got {tuple(start.shape)} and {tuple(rest.shape)}"
         )
-    check_number("continuation", continuation, low=1)
+    if type(continuation) is not int or continuation < 1:
+        raise ValueError(f"continuation: expected a whole number of at least 1, got {continuation!r}")
     check_positive("tolerance", tolerance)
     if velocity is not None:
         refuse_forward(lagrangian, start, duration or 1.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clagrange._checks import check_choice
-from clagrange.study.files import DamagedFile, replacing
+from clagrange.study.files import FileProblem, replacing, require_writable
 
 FIGURES = {
     "1": "double_well",
@@ -45,20 +45,22 @@ def write_figure(number: str, folder: Path) -> list[Path]:
 
     Raises:
         ValueError: for another number.
-        clagrange.study.files.DamagedFile: when ``numbers.json`` is there and is not a JSON object.
+        clagrange.study.files.FileProblem: when ``numbers.json`` is there and is not a JSON object, or the folder
+            cannot be written.
     """
     from matplotlib import rc_context
 
     check_choice("figure", number, FIGURES)
     if folder.exists() and not folder.is_dir():
-        raise DamagedFile(f"out: expected a folder, got the file {folder}; choose another")
+        raise FileProblem(f"out: expected a folder, got the file {folder}; choose another")
+    require_writable(folder)
     stored = folder / "numbers.json"
     try:
         entries = json.loads(stored.read_text()) if stored.exists() else {}
     except ValueError as error:
-        raise DamagedFile(f"{stored}: expected JSON, got something else ({error}); remove it") from error
+        raise FileProblem(f"{stored}: expected JSON, got something else ({error}); remove it") from error
     if not isinstance(entries, dict):
-        raise DamagedFile(f"{stored}: expected a JSON object, got {type(entries).__name__}; remove it")
+        raise FileProblem(f"{stored}: expected a JSON object, got {type(entries).__name__}; remove it")
     module: Any = importlib.import_module(f"clagrange.figures.{FIGURES[number]}")
     numbers, curves = module.compute()
     name = f"figure{number}"

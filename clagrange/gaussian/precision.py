@@ -109,6 +109,7 @@ class DiagonalPrecision(Precision):
         curvature: h, the belief over the diagonal curvature of the mean loss per example; starts at 0.
         prior_mean: μ_p, broadcasts against ``mean``.
         prior_precision: 1/σ_p², broadcasts against ``mean``.
+        prior_at_start: whether the prior's mean is "initial".
 
     Source: Vastola, Gershman, Rajan (2025), Eqs. 15-16 and 143-149, with a Gaussian prior.
 
@@ -136,6 +137,7 @@ class DiagonalPrecision(Precision):
         mean = mean.detach()
         state = mean.to(torch.promote_types(mean.dtype, torch.float32))
         self._event_dims = mean.dim() - stacked
+        self.prior_at_start = prior_mean == "initial"
         ones = state.new_ones([1] * state.dim())
         if stacked:
             ones = ones.expand(state.shape[0], *ones.shape[1:])
@@ -247,7 +249,7 @@ class DiagonalPrecision(Precision):
     def start_over(self, mean: Tensor) -> None:
         """`reset`; a prior mean of "initial" becomes ``mean``."""
         self.reset()
-        if self.prior_mean.shape == self.precision.shape != self.prior_precision.shape:
+        if self.prior_at_start:
             self.prior_mean.copy_(mean)
 
     def _total(self, terms: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ def planned_samples(threshold: float, parameters: int, noise: float = 1.0) -> fl
         >>> planned_samples(1.5, 10)
         20.0
     """
+    check_positive("noise", noise)
     check_number("threshold", threshold, low=noise, open_low=True, hint="noise stays in every test error")
     return max(float(parameters), parameters * noise / (threshold - noise))
 

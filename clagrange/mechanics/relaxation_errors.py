@@ -46,6 +46,8 @@ def relaxation_errors(
     relaxed = LeastAction(network, beta=beta, steps=steps, step_size=step_size, time=time)
     inputs = inputs.detach()
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("network: expected at least one trainable parameter, got none")
     with torch.enable_grad():
         states = relaxed._states(inputs.requires_grad_())
         truth = torch.autograd.grad(cost(states[-1]), [*parameters, *states])
@@ -55,7 +57,7 @@ def relaxation_errors(
     rows: list[list[float]] = []
 
     def note(phase: Phase) -> None:
-        found = relaxed.gradients(phase, inputs, parameters) if parameters else ()
+        found = relaxed.gradients(phase, inputs, parameters)
         total = _relative(
             torch.cat([g.flatten() for g in found]), torch.cat([g.flatten() for g in truth[: len(found)]])
         )

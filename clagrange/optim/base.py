@@ -136,7 +136,7 @@ class CurvatureOptimizer(RuleOptimizer):
 def check_belief(name: str, value: object, discount: object, *, open_high: bool = False) -> None:
     """Raise unless ``value`` is a decay in [0, 1] or a belief; a belief needs a finite discount."""
     belief = as_belief(name, value, open_high=open_high)
-    if isinstance(belief, Belief) and isinstance(discount, float) and discount == float("inf"):
+    if isinstance(belief, Belief) and bool(torch.isinf(torch.as_tensor(discount)).any()):
         raise ValueError(
             f"{name}: expected a finite discount for a belief, since at an infinite one its rate is its own "
             f"decay and it never heeds an observation; got discount inf. Give the average's β instead, or "

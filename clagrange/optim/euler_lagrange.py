@@ -68,7 +68,8 @@ class EulerLagrange(Optimizer):
             steps of the mean, with the memory of the curvature, s ← s_p + (s − s_p)·exp(−u²s/(γ + 3λ_τ)) after
             each step (see `clagrange.optim.motion`, also for what it is worth). Costs one more tensor per weight
             and the time named there. The velocity u is the optimizer's, so a new one starts at rest. Needs
-            diagonal precisions and a finite discount, since the effect vanishes as 1/γ².
+            diagonal precisions and a finite discount, since the effect vanishes as 1/γ² (a replica whose entry of
+            a tensor is infinite goes without).
         deterministic_lr: learning rate of parameters that are not Gaussian.
         loss_reduction: how the loss averages: "mean" over examples, "sum" over examples, or "position_mean"
             over examples and further leading dimensions such as tokens.
@@ -204,35 +205,32 @@ def _check_settings(group: dict[str, Any]) -> None:
     if group["variance_rate"] is not None:
         check_number("variance_rate", group["variance_rate"], low=0.0, high=1.0, open_low=True)
     belief = as_belief("curvature_decay", group["curvature_decay"])
-    if isinstance(belief, Belief):
-        _refuse_infinite(
-            "curvature_decay",
-            group["discount"],
-            "a belief, since at an infinite one its rate is its own decay and it never heeds an observation; "
-            "give the average's β instead, or Belief.averaging(β, discount)",
+    endless = torch.isinf(torch.as_tensor(group["discount"]))
+    if isinstance(belief, Belief) and bool(endless.any()):
+        raise ValueError(
+            "curvature_decay: expected a finite discount for a belief, since at an infinite one its rate is its "
+            "own decay and it never heeds an observation; give the average's β instead, or "
+            "Belief.averaging(β, discount); got discount inf"
         )
     if not isinstance(group["motion"], bool):
         raise TypeError(f"motion: expected True or False, got {group['motion']!r}")
-    if group["motion"]:
-        _refuse_infinite(
-            "motion",
-            group["discount"],
-            "the motion term, which vanishes as 1/discount² and is 0 at an infinite one",
+    if group["motion"] and bool(endless.all()):
+        raise ValueError(
+            "motion: expected a finite discount for the motion term, which vanishes as 1/discount² and is 0 at "
+            "an infinite one; got discount inf"
         )
     check_number("trust_region", group["trust_region"], low=0.0, open_low=True)
     check_fraction("deterministic_lr", group["deterministic_lr"])
     check_choice("loss_reduction", group["loss_reduction"], ("mean", "sum", "position_mean"))
+    check_choice("foreach", group["foreach"], (None, True, False))
+    if group["foreach"] and any(isinstance(value, torch.Tensor) for value in group.values()):
+        raise ValueError("foreach: expected None or False where a number is a tensor of shape (R,), got True")
     for parameter in group["params"]:
         owner = owner_of(parameter)
         if owner is not None:
             replicas = parameter.shape[0] if owner[0].stacked else None
             for name, value in {**group, **(vars(belief) if isinstance(belief, Belief) else {})}.items():
                 check_replicas(name, value, replicas)
-
-
-def _refuse_infinite(name: str, discount: Number, purpose: str) -> None:
-    if isinstance(discount, float) and math.isinf(discount):
-        raise ValueError(f"{name}: expected a finite discount for {purpose}; got discount inf")
 
 
 def _examples(layer: GaussianLayer, name: str, loss_reduction: str) -> int:

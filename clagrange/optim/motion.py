@@ -13,18 +13,19 @@ precision and its prior's. What it is worth was measured by ``benchmarks/motion.
 * The effect dies as 1/discount², so it needs a small discount: γ of .1 per step and below at usual rates.
 * The velocity is an average over the curvature's memory, not the last step. A minibatch step is mostly noise, and
   its square acts as a force even at rest: with the last step in its place accuracy fell by 1.6, 5.2 and 5.0
-  points at γ = 1, .1, .01 (40 tasks, 4 seeds).
+  points at γ = 1, .1, .01 (a pilot of 40 tasks and 4 seeds, not stored).
 * On permuted digits with switches that nobody announces (24 tasks, 8 seeds) it changes little at the temperature
   that was tuned without it (6e-6: .001, .004, .004 at γ = 1, .1, .01, intervals within −.002 and .009; with a
-  faster relaxation of the precision −.004, .006, .006; injection at announced switches: +.04). At a ten times lower
-  temperature, where variances are small, it gains .010, .009, .040, but a higher temperature gains more (.64, .68
-  with the term, .80 at 6e-6). Nine comparisons, without a correction for their number.
+  faster relaxation of the precision −.004, .006, .006; injection at announced switches: +.04). At a ten times
+  lower temperature, where variances are small, it gains .010, .009, .040, but a higher temperature gains
+  more (.64, .68 with the term, .80 at 6e-6). Nine comparisons, without a correction for their number.
 * It does not by itself make variance rise at such a switch. There the gradients are large, n·g² takes them for
   curvature, and the variance falls (log variance by .34 within 200 steps at the low temperature); the term takes
-  off a quarter of that fall. It does rise where the curvature estimate stays steady across the switch, as in
+  off three tenths of that fall. It does rise where the curvature estimate stays steady across the switch, as in
   noisy regression (``tests/optim/test_motion.py``).
 
-Its cost is one more tensor per weight and seven more passes over memory: 1.2 to 1.7 times the step without it.
+Its cost is one more tensor per weight and seven more passes over memory: 1.2 to 1.7 times the step without it, by
+the machine's load.
 """
 
 import torch

@@ -13,7 +13,7 @@ from clagrange.interventions import Intervention
 from clagrange.metrics import dead_units, effective_rank, mean_variance, weight_magnitude
 from clagrange.networks import cross_entropy, mlp
 from clagrange.replicas import stack
-from clagrange.study.files import DamagedFile, replacing
+from clagrange.study.files import FileProblem, replacing
 from clagrange.study.methods import Method
 from clagrange.study.results import METRICS, MethodResult
 from clagrange.tasks import Task, TaskStream
@@ -152,16 +152,16 @@ class Run:
         """Go on from a checkpoint.
 
         Raises:
-            DamagedFile: if it is damaged, or belongs to other settings.
+            FileProblem: if it is damaged, or belongs to other settings.
         """
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:
-            raise DamagedFile(
+            raise FileProblem(
                 f"{path}: expected a checkpoint, got a damaged file; remove it and run again with --resume"
             ) from error
         if checkpoint["key"] != key:
-            raise DamagedFile(
+            raise FileProblem(
                 f"{path}: expected a checkpoint of these settings and this version of clagrange, got another; "
                 f"remove it and run again with --resume"
             )

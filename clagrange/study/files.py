@@ -7,8 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-class DamagedFile(ValueError):  # noqa: N818 - says what it is
-    """A stored file cannot be read, or belongs to something else; the message names it and the remedy."""
+class FileProblem(ValueError):  # noqa: N818 - says what it is
+    """A file is damaged or foreign, or cannot be written; the message names it and the remedy."""
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder if it is missing and try to write into it, before long work begins.
+
+    Raises:
+        FileProblem: if that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise FileProblem(
+            f"out: {folder} cannot be written to ({error.strerror}); choose another place"
+        ) from error
 
 
 @contextlib.contextmanager

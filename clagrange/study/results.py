@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clagrange.study.files import DamagedFile, replacing
+from clagrange.study.files import FileProblem, replacing
 
 METRICS = {
     "online_accuracy": "accuracy on each batch before the update, mean over the task",
@@ -78,7 +78,7 @@ class MethodResult:
         """Read what `write` wrote.
 
         Raises:
-            DamagedFile: if the file is damaged or was not written by clagrange.
+            FileProblem: if the file is damaged or was not written by clagrange.
         """
         try:
             table = pq.read_table(path)
@@ -86,7 +86,7 @@ class MethodResult:
             seeds = len(about["seeds"])
             metrics = {name: table[name].to_numpy().reshape(seeds, -1) for name in METRICS}
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise DamagedFile(
+            raise FileProblem(
                 f"{path}: expected per-task results written by clagrange, got a damaged or foreign file; "
                 f"remove it and run again with --resume"
             ) from error

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import yaml
 
-from clagrange.study.files import DamagedFile, replacing
+from clagrange.study.files import FileProblem, replacing, require_writable
 from clagrange.study.results import MethodResult
 from clagrange.study.settings import SettingsError, Study
 
@@ -71,7 +71,8 @@ class Folder:
 
         Raises:
             SettingsError: if it is in use and neither flag is given, holds another study, was not made by
-                clagrange, or cannot be written.
+                clagrange.
+            FileProblem: if it cannot be written.
         """
         text = yaml.safe_dump(study.resolved(), sort_keys=False)
         used = self.path.is_dir() and any(self.path.iterdir())
@@ -94,13 +95,11 @@ class Folder:
                 f"out: {self.path} holds a study with other settings ({_difference(self.config, study)}); "
                 f"choose another folder"
             )
-        try:
-            with replacing(self.config) as partial:
-                partial.write_text(text)
-            for leftover in self.path.glob("*/.*.*"):  # of a process that was killed while it wrote
-                leftover.unlink()
-        except OSError as error:
-            raise SettingsError(f"out: {self.path} cannot be written to ({error.strerror})") from error
+        require_writable(self.path)
+        with replacing(self.config) as partial:
+            partial.write_text(text)
+        for leftover in self.path.glob("*/.*.*"):  # of a process that was killed while it wrote
+            leftover.unlink()
 
 
 def _difference(stored: Path, study: Study) -> str:
@@ -157,7 +156,7 @@ def run_study(
 
     Raises:
         Interrupted: on Ctrl-C.
-        DamagedFile: if a stored file of an earlier run is damaged.
+        FileProblem: if a stored file of an earlier run is damaged.
         RuntimeError: if a run fails; the message ends with its traceback.
     """
     jobs = [job for job in study.runs() if not folder.result(*job).exists()]
@@ -279,7 +278,7 @@ def _run_in_processes(
             if kind == "failed":
                 raise RuntimeError(f"{'.'.join(job)} failed:\n{payload}")
             if kind == "damaged":
-                raise DamagedFile(payload)
+                raise FileProblem(payload)
             if kind == "finished":
                 waiting.discard(job)
                 payload = progress.planned[job]
@@ -327,7 +326,7 @@ def _work(study: Study, folder: Folder, todo: Any, events: Any) -> None:
     while (job := todo.get()) is not None:
         try:
             _run(study, folder, job, say)
-        except DamagedFile as error:
+        except FileProblem as error:
             events.put(("damaged", job, str(error)))
             return
         except Exception:

@@ -14,7 +14,7 @@ from scipy.stats import qmc
 
 from clagrange._checks import did_you_mean
 from clagrange.study.engine import Run
-from clagrange.study.files import replacing
+from clagrange.study.files import replacing, require_writable
 from clagrange.study.methods import METHODS, Method
 from clagrange.study.settings import (
     SettingsError,
@@ -192,6 +192,7 @@ def run_search(search: Search, target: Path, say: Callable[[str], None] = print)
     Raises:
         SettingsError: if ``target`` holds a search with other settings.
     """
+    require_writable(target.parent)
     report = _begin(search, target)
     for name, study in search.streams.items():
         streams = [study.stream(seed) for seed in search.seeds]

@@ -49,10 +49,11 @@ def verify(device: str | torch.device = "cpu", dtype: str = "float64") -> list[C
 def report(checks: Sequence[Check], console: Console, *, seconds: float, where: str) -> None:
     """Print a table of checks and a last line that says whether all passed."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for title, justify in (("", "left"), ("expected", "left"), ("found", "left"), ("error", "right")):
-        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("tolerance", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    for title in ("", "expected", "found"):
+        table.add_column(title, overflow="fold")
+    table.add_column("error", justify="right", no_wrap=True, min_width=8)
+    table.add_column("tolerance", justify="right", no_wrap=True, min_width=9)
+    table.add_column("", no_wrap=True, min_width=2)
     part = ""
     for check in checks:
         if check.part != part:

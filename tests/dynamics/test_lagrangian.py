@@ -127,7 +127,7 @@ def test_gaussian_weights(coordinates: str) -> None:
 
 
 def test_prior_shifts_curvature_and_minimum() -> None:
-    """Theory A.7.4: everything holds with H → H + τ/(kσ_p²)."""
+    """everything holds with H → H + τ/(kσ_p²)."""
     prior, centre = 2.5, torch.zeros(1, dtype=torch.float64)
     h = torch.tensor([0.8], dtype=torch.float64)
     anchored = gaussian_weights(h, centre, entropy_weight=TAU, prior_variance=prior, **SETTINGS)

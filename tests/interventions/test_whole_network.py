@@ -329,3 +329,15 @@ def test_a_network_with_live_hooks_copies_and_its_copy_leaves_the_original_alone
     state = copy.deepcopy(intervention.state)
     twin.train()(inputs + 5.0)
     assert str(intervention.state) == str(state)
+
+
+def test_full_reset_moves_the_prior_of_a_parameter_with_one_entry() -> None:
+    net = gaussianize(package_mlp(4, [3], 1), prior_mean="initial")
+    optimizer = EulerLagrange(net)
+    reset = FullReset(seed=3)
+    reset.on_start(net, optimizer)
+    with torch.no_grad():
+        net[3].bias += 1.0
+    reset.on_switch(net, optimizer)
+    for _, mean, precision in gaussian_parameters(net):
+        torch.testing.assert_close(precision.prior_mean, mean.detach())

@@ -111,6 +111,8 @@ def test_a_used_folder_is_refused_resumed_or_replaced(config, tmp_path, capsys):
         (["compare", "{config}", "--resume", "--overwrite"], "choose one"),
         (["compare", "{config}", "--ouy", "x"], "unrecognized arguments"),
         (["comprae"], "invalid choice"),
+        (["figure", "3", "--out", "/dev/null/x"], "cannot be written"),
+        (["tune", "demo_search", "--out", "/dev/null/x/found.json"], "cannot be written"),
         (["report", "nowhere"], "expected the folder of a study"),
         (["list", "method"], "did you mean 'methods'?"),
     ],

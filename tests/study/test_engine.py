@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clagrange.study.engine import Run
-from clagrange.study.files import DamagedFile
+from clagrange.study.files import FileProblem
 from clagrange.study.methods import METHODS
 from clagrange.study.results import METRICS, MethodResult
 from clagrange.study.search import stacked
@@ -74,10 +74,10 @@ def test_checkpoints_of_other_settings_or_damaged_ones_are_refused(tmp_path):
     run = Run(METHODS["sgd"](), [stream(0)], [8])
     path = tmp_path / "run.pt"
     run.save(path, "key")
-    with pytest.raises(DamagedFile, match="of these settings"):
+    with pytest.raises(FileProblem, match="of these settings"):
         run.load(path, "another key")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DamagedFile, match="damaged"):
+    with pytest.raises(FileProblem, match="damaged"):
         run.load(path, "key")
 
 
@@ -132,7 +132,7 @@ def test_results_survive_parquet_and_damage_is_named(tmp_path):
     for key in METRICS:
         np.testing.assert_array_equal(again.metrics[key], result.metrics[key])
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DamagedFile, match="remove it"):
+    with pytest.raises(FileProblem, match="remove it"):
         MethodResult.read(path)
 
 
