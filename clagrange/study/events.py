@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from clagrange.study.files import PARTIAL
 from clagrange.study.results import METRICS, MethodResult
 from clagrange.study.statistics import band
 
@@ -22,7 +23,7 @@ def write_events(directory: Path, results: Sequence[MethodResult]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.{PARTIAL}", dir=directory.parent))
     try:
         new = beside / "new"
         new.mkdir()

@@ -6,6 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+PARTIAL = "partial-"
+"""In the names of files that are being written, and of what a process leaves that is killed while it writes."""
+
 
 class FileProblem(ValueError):  # noqa: N818 - says what it is
     """A file is damaged or foreign, or cannot be written; the message names it and the remedy."""
@@ -35,7 +38,7 @@ def replacing(target: Path) -> Iterator[Path]:
         ...     _ = path.write_text("whole")
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.{PARTIAL}", suffix=target.suffix, dir=target.parent)
     os.close(handle)
     partial = Path(name)
     try:

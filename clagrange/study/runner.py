@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import yaml
 
-from clagrange.study.files import FileProblem, replacing, require_writable
+from clagrange.study.files import PARTIAL, FileProblem, replacing, require_writable
 from clagrange.study.results import MethodResult
 from clagrange.study.settings import SettingsError, Study
 
@@ -98,8 +98,11 @@ class Folder:
         require_writable(self.path)
         with replacing(self.config) as partial:
             partial.write_text(text)
-        for leftover in self.path.glob("*/.*.*"):  # of a process that was killed while it wrote
-            leftover.unlink()
+        for leftover in list(self.path.rglob(f".*.{PARTIAL}*")):  # of a process that was killed while it wrote
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def _difference(stored: Path, study: Study) -> str:

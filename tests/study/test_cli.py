@@ -87,8 +87,13 @@ def test_a_used_folder_is_refused_resumed_or_replaced(config, tmp_path, capsys):
     before = rows(Path(out))
     assert main(["compare", config, "--out", out, "--methods", "sgd"]) == 2
     assert "already holds a study" in capsys.readouterr().err
+    leftover = Path(out) / ".tensorboard.partial-x1" / "new"  # what a killed process leaves
+    leftover.mkdir(parents=True)
+    (Path(out) / ".accuracy.png.partial-x2.png").write_text("half")
+    (Path(out) / ".mine").write_text("kept")
     assert main(["compare", config, "--out", out, "--methods", "sgd", "--resume"]) == 0
     assert rows(Path(out)) == before
+    assert [path.name for path in Path(out).rglob(".*")] == [".mine"]
     assert main(["compare", config, "tasks=1", "--out", out, "--methods", "sgd", "--resume"]) == 2
     assert "tasks is 4 there and 1 here" in capsys.readouterr().err
     assert main(["compare", config, "tasks=1", "--out", out, "--methods", "sgd", "--overwrite"]) == 0
