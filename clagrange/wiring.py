@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clagrange._modes import evaluating
 from clagrange.replicas import POINTWISE
 
 _PASSING = (*POINTWISE, nn.Flatten, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -138,13 +139,10 @@ def hidden_features(network: nn.Module, inputs: Tensor, *, stacked: bool = False
     handles = [
         module.register_forward_pre_hook(note) for module in network.modules() if isinstance(module, Layer)
     ]
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     try:
-        network(inputs)
+        with evaluating(network):
+            network(inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return seen[1:]

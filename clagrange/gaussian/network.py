@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clagrange._checks import Number, check_choice, check_fraction, check_positive, check_replicas, did_you_mean
+from clagrange._modes import evaluating
 from clagrange.gaussian.layers import GaussianConv2d, GaussianLayer, GaussianLinear, owner_of
 from clagrange.gaussian.precision import PRECISIONS, Precision
 from clagrange.replicas import Generators, StackedConv2d, StackedLinear
@@ -265,9 +266,7 @@ def predict(
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
         raise ValueError(f"samples: expected a whole number of at least 2, got {samples!r}")
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
+    with evaluating(module):
         mean = squares = torch.zeros(())
         for count in range(1, samples + 1):  # Welford's update: one output in memory, no cancellation
             output = torch.func.functional_call(module, sample_parameters(module, generator), (x,))
@@ -275,7 +274,4 @@ def predict(
             deviation = output - mean
             mean = mean + deviation / count
             squares = squares + deviation * (output - mean)
-    finally:
-        for submodule, mode in modes.items():
-            submodule.training = mode
     return mean, squares / (samples - 1)
