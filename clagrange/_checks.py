@@ -60,6 +60,14 @@ def check_nonnegative(name: str, value: object, *, hint: str = "") -> None:
     check_number(name, value, low=0.0, high=math.inf, open_high=True, hint=hint)
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value}")
+
+
 def check_replicas(name: str, value: object, replicas: int | None) -> None:
     """Raise if ``value`` is a (R,) tensor for a network of another number of replicas, or a single one (None).
 

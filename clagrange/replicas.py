@@ -100,6 +100,18 @@ def conv2d(layer: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None
     return _unfold_replicas(folded, replicas)
 
 
+def patches(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """What the kernel of a convolution sees at each of its places: (B, places, in · height · width)."""
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        inputs = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+        padding: tuple[int, ...] = (0, 0)
+    else:
+        padding = layer.padding
+    columns: Tensor = F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
+    return columns.mT
+
+
 def fan_in(layer: nn.Linear | nn.Conv2d) -> int:
     """Number of inputs of one unit."""
     if isinstance(layer, nn.Linear):

@@ -1,7 +1,7 @@
 """What many tests share: networks, regression data, and the table of optimizers with their bad inputs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 import clagrange
 from clagrange.dynamics import Belief
+from clagrange.gaussian import Precision, gaussian_blocks
 from clagrange.networks import initialize
 from clagrange.optim import (
     Ballistic,
@@ -88,6 +89,13 @@ def train(net: nn.Module, optimizer: Optimizer, steps: range, size: int = 8) -> 
     for step in steps:
         backward(net, optimizer, *batch(step, size, next(net.parameters()).dtype))
         optimizer.step()
+
+
+def gaussian_parameters(net: nn.Module) -> Iterator[tuple[str, nn.Parameter, Precision]]:
+    """Name, mean and precision of the Gaussian parameters of a network with a precision for each."""
+    for layer_name, block in gaussian_blocks(net):
+        (name,), (mean,) = block.names, block.means
+        yield f"{layer_name}.{name}" if layer_name else name, mean, block.precision
 
 
 def still(net: nn.Module) -> Optimizer:

@@ -1,7 +1,7 @@
 """What a user does with a network of Gaussian weights: make it, collapse it, inject, look, predict."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from clagrange._checks import Number, check_choice, check_fraction, check_positive, check_replicas, did_you_mean
 from clagrange._modes import evaluating
-from clagrange.gaussian.layers import GaussianConv2d, GaussianLayer, GaussianLinear, owner_of
-from clagrange.gaussian.precision import PRECISIONS, Precision
+from clagrange.gaussian.layers import GaussianBlock, GaussianConv2d, GaussianLayer, GaussianLinear, owner_of
+from clagrange.gaussian.structures import Structure, as_structure
 from clagrange.replicas import Generators, StackedConv2d, StackedLinear
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -36,7 +36,7 @@ _SETTINGS = ("precision", "prior_mean", "prior_variance")
 
 def gaussianize(
     module: Module,
-    precision: str = "diagonal",
+    precision: str | Structure = "diagonal",
     prior_mean: str = "zero",
     prior_variance: Number = 1.0,
     *,
@@ -51,7 +51,8 @@ def gaussianize(
 
     Args:
         module: the network; a single one or a stacked one.
-        precision: structure of the precision, "diagonal".
+        precision: structure of the precision, "diagonal" or "kronecker", or one with settings such as
+            `clagrange.gaussian.Kronecker`.
         prior_mean: "zero", or "initial" for the present weights.
         prior_variance: of the Gaussian prior, in units of each layer's initialisation variance 2 / fan_in; a
             number, or a tensor of shape (R,) for a stacked network. It is also the variance to start with.
@@ -111,7 +112,7 @@ def _settings_by_layer(
                 check_choice(f"layers[{pattern!r}]", key, _SETTINGS)
             settings = None if override is None else {**(settings or defaults), **override}
         if settings is not None:
-            check_choice("precision", settings["precision"], PRECISIONS)
+            as_structure(settings["precision"])
             check_choice("prior_mean", settings["prior_mean"], ("zero", "initial"))
             check_positive("prior_variance", settings["prior_variance"])
             stacked = isinstance(layer, (StackedLinear, StackedConv2d))
@@ -160,10 +161,10 @@ def gaussian_layers(
             yield name, layer
 
 
-def gaussian_parameters(
+def gaussian_blocks(
     module: nn.Module, layers: Sequence[str] | None = None
-) -> Iterator[tuple[str, nn.Parameter, Precision]]:
-    """Name, mean and precision of every Gaussian parameter, in the order of ``named_parameters``.
+) -> Iterator[tuple[str, GaussianBlock]]:
+    """The blocks of Gaussian parameters that share a precision, each with the name of its layer.
 
     Raises:
         ValueError: if there is none, or a pattern in ``layers`` fits no Gaussian layer.
@@ -181,8 +182,8 @@ def gaussian_parameters(
                 f"which fits none{did_you_mean(pattern, known)}"
             )
     for name, layer in gaussian_layers(module, layers):
-        for mean_name, mean in layer.means():
-            yield f"{name}.{mean_name}" if name else mean_name, mean, layer.precision_of(mean_name)
+        for block in layer.blocks():
+            yield name, block
 
 
 @torch.no_grad()
@@ -217,8 +218,8 @@ def inject_variance(
     """
     check_fraction("strength", strength)
     check_fraction("widen", widen)
-    for _, mean, precision in gaussian_parameters(module, layers):
-        mean.copy_(precision.injected(mean, strength, widen, generator))
+    for _, block in gaussian_blocks(module, layers):
+        block.set_mean(block.precision.injected(block.joint_mean(), strength, widen, generator))
 
 
 def variances(module: nn.Module) -> dict[str, Tensor]:
@@ -228,13 +229,22 @@ def variances(module: nn.Module) -> dict[str, Tensor]:
         >>> sorted(variances(gaussianize(nn.Linear(4, 2))))
         ['bias', 'weight']
     """
-    return {name: precision.variance() for name, _, precision in gaussian_parameters(module)}
+    return _by_parameter((name, block, block.precision.variance()) for name, block in gaussian_blocks(module))
 
 
 def sample_parameters(module: nn.Module, generator: Generators | None = None) -> dict[str, Tensor]:
     """One draw of every Gaussian parameter, by name, for `torch.func.functional_call`."""
+    return _by_parameter(
+        (name, block, block.precision.sample(block.joint_mean(), generator))
+        for name, block in gaussian_blocks(module)
+    )
+
+
+def _by_parameter(joint: Iterable[tuple[str, GaussianBlock, Tensor]]) -> dict[str, Tensor]:
     return {
-        name: precision.sample(mean.detach(), generator) for name, mean, precision in gaussian_parameters(module)
+        f"{name}.{part}" if name else part: value
+        for name, block, values in joint
+        for part, value in zip(block.names, block.split(values), strict=True)
     }
 
 

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +16,49 @@ from clagrange.replicas import Generators, randn_like
 class Precision(nn.Module, ABC):
     """What is known of a Gaussian parameter beside its mean: precision, curvature belief and prior.
 
-    The mean stays a parameter of the layer and is handed in. All state is in buffers, so that it is in
-    ``state_dict``; it stays in float32 (float64 in a float64 network) when the network goes to half
-    precision. Tensors may have a leading replica dimension.
+    The mean stays a parameter of the layer and is handed in. Every precision is diagonal along its own
+    orthogonal axes; a form says what these are (`to_axes`, `from_axes`) and what the precision along them is
+    (`spectrum`), and how it learns (`observe`, `relax`) and moves the mean (`displacement`).
+
+    All state is in buffers, so that it is in ``state_dict``; it stays in float32 (float64 in a float64 network)
+    when the network goes to half precision. Tensors may have a leading replica dimension.
+
+    Attributes:
+        prior_mean: μ_p, broadcasts against the mean.
+        prior_precision: 1/σ_p², of as many dimensions as the mean; the same in every direction.
+        prior_at_start: whether the prior's mean is "initial".
     """
 
+    prior_mean: Tensor
+    prior_precision: Tensor
+
+    def __init__(self, mean: Tensor, prior_mean: str, prior_variance: Number, stacked: bool) -> None:
+        super().__init__()
+        check_choice("prior_mean", prior_mean, ("zero", "initial"))
+        check_positive("prior_variance", prior_variance)
+        state = mean.detach().to(torch.promote_types(mean.dtype, torch.float32))
+        self._event_dims = mean.dim() - stacked
+        self.prior_at_start = prior_mean == "initial"
+        ones = state.new_ones([1] * state.dim())
+        if stacked:
+            ones = ones.expand(state.shape[0], *ones.shape[1:])
+        self.register_buffer("prior_precision", ones / per_replica(prior_variance, state))
+        self.register_buffer(
+            "prior_mean", state.clone() if prior_mean == "initial" else torch.zeros_like(self.prior_precision)
+        )
+
     @property
-    @abstractmethod
     def stacked(self) -> bool:
         """Whether the tensors have a leading replica dimension."""
+        return self.prior_precision.dim() > self._event_dims
 
     @abstractmethod
-    def observe(self, curvature: Tensor, decay: Number) -> None:
-        """Average an estimate of the curvature of the mean loss per example into the belief.
-
-        h ← decay·h + (1 − decay)·ĥ
-        """
+    def observe(self, curvature: Any, decay: Number) -> None:
+        """Average an estimate of the curvature of the mean loss per example into the belief."""
 
     @abstractmethod
     def relax(self, temperature: Number, fraction: Number) -> None:
-        """Move the precision the given fraction of the way to its equilibrium (h + T/σ_p²)/T."""
+        """Move the precision the given fraction of the way to its equilibrium (H + T/σ_p²)/T."""
 
     @abstractmethod
     def displacement(
@@ -46,44 +70,92 @@ class Precision(nn.Module, ABC):
         temperature: Number,
         discount: Number = math.inf,
         trust_region: Number = math.inf,
+        prior_pull: Number = 1.0,
     ) -> Tensor:
-        """The step of the mean along the covariance, by the stable root (see `mean_displacement`)."""
+        """The step of the mean along the covariance, by the stable root."""
 
     @abstractmethod
-    def solve(self, gradient: Tensor) -> Tensor:
-        """The covariance applied to a gradient: S⁻¹g."""
+    def spectrum(self) -> Tensor:
+        """The precision along the axes, of the shape of the mean."""
+
+    def to_axes(self, values: Tensor) -> Tensor:
+        """Coordinates along the axes of a tensor of the mean's shape (further leading dimensions are kept)."""
+        return values
+
+    def from_axes(self, values: Tensor) -> Tensor:
+        """The inverse of `to_axes`."""
+        return values
 
     @abstractmethod
     def variance(self) -> Tensor:
         """The marginal variance of every weight."""
 
     @abstractmethod
-    def retained_information(self) -> Tensor:
-        """1 − s_prior/s, clamped to [0, 1]: 0 where only the prior holds a weight, 1 where it is determined."""
-
-    @abstractmethod
-    def sample(self, mean: Tensor, generators: Generators | None = None) -> Tensor:
-        """A draw of the parameter from N(mean, S⁻¹)."""
-
-    @abstractmethod
-    def injected(self, mean: Tensor, strength: Number, widen: Number, generators: Generators | None) -> Tensor:
-        """Widen the precision toward the prior, in place, and return the mean resampled where it is uncertain."""
-
-    @abstractmethod
-    def entropy(self) -> Tensor:
-        """½ log det(2πe S⁻¹): a number, or shape (R,)."""
-
-    @abstractmethod
-    def kl(self, mean: Tensor) -> Tensor:
-        """KL divergence from N(mean, S⁻¹) to the prior: a number, or shape (R,)."""
-
-    @abstractmethod
     def reset(self, mask: Tensor | None = None) -> None:
         """Return the precision to its prior and forget the curvature, everywhere or where ``mask`` is true."""
 
     @abstractmethod
+    def widen(self, fraction: Number) -> None:
+        """Move the precision the given fraction of the way to the prior's: s ← s + fraction·(1/σ_p² − s)."""
+
+    def retained_information(self) -> Tensor:
+        """1 − σ²/σ_p² of every weight, clamped to [0, 1]: 0 where only the prior holds it, 1 where determined."""
+        return (1.0 - self.prior_precision * self.variance()).clamp(0.0, 1.0)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """The covariance applied to a gradient: S⁻¹g."""
+        return self.from_axes(self.to_axes(gradient) / self.spectrum())
+
+    def sample(self, mean: Tensor, generators: Generators | None = None) -> Tensor:
+        """A draw of the parameter from N(mean, S⁻¹)."""
+        spectrum = self.spectrum()
+        noise = randn_like(spectrum, generators)
+        return (mean + self.from_axes(spectrum.rsqrt() * noise)).to(mean.dtype)
+
+    def injected(self, mean: Tensor, strength: Number, widen: Number, generators: Generators | None) -> Tensor:
+        """Widen the precision, in place, and return the mean resampled where it is uncertain.
+
+        `widen`; then, along every axis with precision s, `ornstein_uhlenbeck` with the retained information
+        i = 1 − (1/σ_p²)/s, clamped to [0, 1].
+        """
+        check_fraction("strength", strength)
+        check_fraction("widen", widen)
+        if _any_positive(widen):
+            self.widen(widen)
+        if not _any_positive(strength):
+            return mean
+        spectrum = self.spectrum()
+        drawn = ornstein_uhlenbeck(
+            self.to_axes(mean - self.prior_mean),
+            0.0,
+            self.prior_precision.rsqrt(),
+            (1.0 - self.prior_precision / spectrum).clamp(0.0, 1.0),
+            per_replica(strength, spectrum),
+            randn_like(spectrum, generators),
+        )
+        return (self.prior_mean + self.from_axes(drawn)).to(mean.dtype)
+
+    def entropy(self) -> Tensor:
+        """½ log det(2πe S⁻¹), in nats: a number, or shape (R,)."""
+        return self._total(0.5 * (math.log(2.0 * math.pi * math.e) - self.spectrum().log()))
+
+    def kl(self, mean: Tensor) -> Tensor:
+        """KL divergence from N(mean, S⁻¹) to the prior, in nats: a number, or shape (R,).
+
+        ½ Σ [s_p/s − 1 − log(s_p/s)] over the axes + ½ s_p‖μ − μ_p‖².
+        """
+        ratio = self.prior_precision / self.spectrum()
+        shift = self.prior_precision * (mean - self.prior_mean).square()
+        return self._total(0.5 * (ratio - 1.0 - ratio.log() + shift))
+
     def start_over(self, mean: Tensor) -> None:
-        """Be as new for a freshly drawn mean: `reset`, with a prior around initial weights moved to these."""
+        """Be as new for a freshly drawn mean: `reset`; a prior mean of "initial" becomes ``mean``."""
+        self.reset()
+        if self.prior_at_start:
+            self.prior_mean.copy_(mean)
+
+    def _total(self, terms: Tensor) -> Tensor:
+        return terms.flatten(1).sum(1) if self.stacked else terms.sum()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Precision":
         # .half() and .bfloat16() would lose the precision's digits: follow the device, keep the type
@@ -120,8 +192,6 @@ class DiagonalPrecision(Precision):
 
     precision: Tensor
     curvature: Tensor
-    prior_mean: Tensor
-    prior_precision: Tensor
 
     def __init__(
         self,
@@ -131,27 +201,10 @@ class DiagonalPrecision(Precision):
         prior_variance: Number = 1.0,
         stacked: bool = False,
     ) -> None:
-        super().__init__()
-        check_choice("prior_mean", prior_mean, ("zero", "initial"))
-        check_positive("prior_variance", prior_variance)
-        mean = mean.detach()
-        state = mean.to(torch.promote_types(mean.dtype, torch.float32))
-        self._event_dims = mean.dim() - stacked
-        self.prior_at_start = prior_mean == "initial"
-        ones = state.new_ones([1] * state.dim())
-        if stacked:
-            ones = ones.expand(state.shape[0], *ones.shape[1:])
-        self.register_buffer("prior_precision", ones / per_replica(prior_variance, state))
-        self.register_buffer(
-            "prior_mean", state.clone() if prior_mean == "initial" else torch.zeros_like(self.prior_precision)
-        )
+        super().__init__(mean, prior_mean, prior_variance, stacked)
+        state = torch.zeros_like(mean, dtype=self.prior_precision.dtype, requires_grad=False)
         self.register_buffer("precision", self.prior_precision.expand_as(state).clone())
-        self.register_buffer("curvature", torch.zeros_like(state))
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the tensors have a leading replica dimension."""
-        return self.precision.dim() > self._event_dims
+        self.register_buffer("curvature", state)
 
     def observe(self, curvature: Tensor, decay: Number) -> None:
         """h ← decay·h + (1 − decay)·ĥ."""
@@ -174,14 +227,15 @@ class DiagonalPrecision(Precision):
         temperature: Number,
         discount: Number = math.inf,
         trust_region: Number = math.inf,
+        prior_pull: Number = 1.0,
     ) -> Tensor:
         """The step of the mean, elementwise `mean_displacement`."""
-        lr, temperature, discount, trust_region = (
-            per_replica(value, self.precision) for value in (lr, temperature, discount, trust_region)
+        lr, temperature, discount, trust_region, prior_pull = (
+            per_replica(value, self.precision) for value in (lr, temperature, discount, trust_region, prior_pull)
         )
         return mean_displacement(
             gradient,
-            mean - self.prior_mean,
+            prior_pull * (mean - self.prior_mean),
             self.precision,
             self.curvature,
             temperature * self.prior_precision,
@@ -191,51 +245,19 @@ class DiagonalPrecision(Precision):
             trust_region,
         )
 
-    def solve(self, gradient: Tensor) -> Tensor:
-        """σ²·g."""
-        return gradient / self.precision
+    def spectrum(self) -> Tensor:
+        """s itself: the axes are the weights."""
+        return self.precision
 
     def variance(self) -> Tensor:
         """σ² = 1/s."""
         return self.precision.reciprocal()
 
-    def retained_information(self) -> Tensor:
-        """1 − s_prior/s, clamped to [0, 1]."""
-        return (1.0 - self.prior_precision / self.precision).clamp(0.0, 1.0)
-
-    def sample(self, mean: Tensor, generators: Generators | None = None) -> Tensor:
-        """μ + σ·ε."""
-        return (mean + self.precision.rsqrt() * randn_like(self.precision, generators)).to(mean.dtype)
-
-    def injected(self, mean: Tensor, strength: Number, widen: Number, generators: Generators | None) -> Tensor:
-        """s ← s + widen·(1/σ_p² − s); then μ by `ornstein_uhlenbeck` with the retained information of s."""
-        check_fraction("strength", strength)
-        check_fraction("widen", widen)
-        if _any_positive(widen):
-            self.precision.lerp_(
-                self.prior_precision.expand_as(self.precision), per_replica(widen, self.precision)
-            )
-        if not _any_positive(strength):
-            return mean
-        drawn = ornstein_uhlenbeck(
-            mean,
-            self.prior_mean,
-            self.prior_precision.rsqrt(),
-            self.retained_information(),
-            per_replica(strength, self.precision),
-            randn_like(self.precision, generators),
+    def widen(self, fraction: Number) -> None:
+        """s ← s + fraction·(1/σ_p² − s)."""
+        self.precision.lerp_(
+            self.prior_precision.expand_as(self.precision), per_replica(fraction, self.precision)
         )
-        return drawn.to(mean.dtype)
-
-    def entropy(self) -> Tensor:
-        """½ Σ log(2πe/s), in nats."""
-        return self._total(0.5 * (math.log(2.0 * math.pi * math.e) - self.precision.log()))
-
-    def kl(self, mean: Tensor) -> Tensor:
-        """½ Σ [s_p/s − 1 − log(s_p/s) + s_p(μ − μ_p)²], in nats."""
-        ratio = self.prior_precision / self.precision
-        shift = self.prior_precision * (mean - self.prior_mean).square()
-        return self._total(0.5 * (ratio - 1.0 - ratio.log() + shift))
 
     def reset(self, mask: Tensor | None = None) -> None:
         """s ← 1/σ_p² and h ← 0."""
@@ -246,19 +268,6 @@ class DiagonalPrecision(Precision):
             self.precision.copy_(torch.where(mask, self.prior_precision, self.precision))
             self.curvature.masked_fill_(mask, 0.0)
 
-    def start_over(self, mean: Tensor) -> None:
-        """`reset`; a prior mean of "initial" becomes ``mean``."""
-        self.reset()
-        if self.prior_at_start:
-            self.prior_mean.copy_(mean)
-
-    def _total(self, terms: Tensor) -> Tensor:
-        return terms.flatten(1).sum(1) if self.stacked else terms.sum()
-
 
 def _any_positive(value: Number) -> bool:
     return bool((value > 0).any()) if isinstance(value, Tensor) else value > 0
-
-
-PRECISIONS: dict[str, type[DiagonalPrecision]] = {"diagonal": DiagonalPrecision}
-"""The structures that `gaussianize` knows by name."""

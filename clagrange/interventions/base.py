@@ -117,4 +117,4 @@ def forget_entries(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> Non
     owner = owner_of(parameter)
     if owner is not None:
         layer, name = owner
-        layer.precision_of(name).reset(mask)
+        layer.block_of(name).reset(name, mask)

@@ -24,6 +24,6 @@ class FullReset(Intervention):
         """Start over."""
         initialize(network, self.generators)
         for _, layer in gaussian_layers(network):
-            for name, mean in layer.means():
-                layer.precision_of(name).start_over(mean)
+            for block in layer.blocks():
+                block.precision.start_over(block.joint_mean())
         optimizer.state.clear()

@@ -65,7 +65,7 @@ def mean_variance(network: nn.Module) -> Tensor | None:
     stacked = replicas_of(network) is not None
     ratios = []
     for _, layer in gaussian_layers(network):
-        for name, _ in layer.means():
-            ratio = 1.0 - layer.precision_of(name).retained_information()
+        for block in layer.blocks():
+            ratio = 1.0 - block.precision.retained_information()
             ratios.append(ratio.flatten(1) if stacked else ratio.flatten())
     return torch.cat(ratios, -1).mean(-1) if ratios else None

@@ -18,7 +18,7 @@ from clagrange._checks import (
 )
 from clagrange.distributed import process_count
 from clagrange.dynamics.beliefs import Belief, as_belief, as_numbers
-from clagrange.gaussian import GaussianLayer, owner_of
+from clagrange.gaussian import GaussianBlock, GaussianLayer, Precision, owner_of
 from clagrange.optim.euler_lagrange_step import Block, step_blocks
 from clagrange.optim.stacked import adam_step, restore_state
 
@@ -106,6 +106,7 @@ class EulerLagrange(Optimizer):
         variance_rate: Number | None = None,
         curvature_decay: Number | Belief = 0.99,
         trust_region: Number = 1.0,
+        prior_pull: Number = 1.0,
         motion: bool = False,
         deterministic_lr: Number = 1e-3,
         loss_reduction: str = "mean",
@@ -119,6 +120,7 @@ class EulerLagrange(Optimizer):
             "variance_rate": variance_rate,
             "curvature_decay": as_numbers(curvature_decay),
             "trust_region": trust_region,
+            "prior_pull": prior_pull,
             "motion": motion,
             "deterministic_lr": deterministic_lr,
             "loss_reduction": loss_reduction,
@@ -165,14 +167,14 @@ class EulerLagrange(Optimizer):
         used: dict[int, GaussianLayer] = {}
         found = False
         for group in self.param_groups:
-            blocks: list[Block] = []
+            blocks: dict[Precision, Block] = {}
             for parameter in group["params"]:
                 owner = owner_of(parameter)
                 found = found or owner is not None
                 if parameter.grad is None:
                     continue
-                gradient = -parameter.grad if group["maximize"] else parameter.grad
                 if owner is None:
+                    gradient = -parameter.grad if group["maximize"] else parameter.grad
                     adam_step(
                         parameter,
                         gradient,
@@ -184,18 +186,41 @@ class EulerLagrange(Optimizer):
                     continue
                 layer, name = owner
                 used[id(layer)] = layer
-                examples = _examples(layer, name, group["loss_reduction"])
-                if group["loss_reduction"] == "sum":
-                    gradient = gradient * (process_count() / examples)
-                state = self.state[parameter] if group["motion"] else {}
-                blocks.append(Block(parameter, gradient, layer.precision_of(name), examples, state))
+                gaussian = layer.block_of(name)
+                if gaussian.precision not in blocks:
+                    blocks[gaussian.precision] = self._block(gaussian, group)
             if blocks:
-                step_blocks(blocks, group)
+                step_blocks(list(blocks.values()), group)
         if not found:
             raise RuntimeError(_NO_GAUSSIAN)
         for layer in used.values():
             layer.clear_examples()
         return loss
+
+    def _block(self, gaussian: GaussianBlock, group: dict[str, Any]) -> Block:
+        """What a step needs of a block, in units of the mean loss per example."""
+        layer, names, _ = gaussian
+        reduction = group["loss_reduction"]
+        examples = layer.positions if reduction == "position_mean" else layer.examples
+        if examples == 0:
+            shape = tuple(layer.get_parameter(names[0]).shape)
+            raise RuntimeError(
+                f"parameter {names[0]!r} of a {type(layer).__name__} of shape {shape} has a gradient, but the "
+                f"layer saw no example since the last step; run forward and backward through the layer, or set "
+                f"layer.examples"
+            )
+        gradients = [torch.zeros_like(mean) if mean.grad is None else mean.grad for mean in gaussian.means]
+        gradient = gaussian.joint(gradients)
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if reduction == "sum":
+            gradient = gradient / examples
+        observer = layer.observation_of(names[0])
+        unit = 1.0 / examples if reduction == "sum" else 1.0
+        curvature = None if observer is None else observer.curvature(gradient, examples, unit)
+        if group["maximize"]:
+            gradient = -gradient
+        state = self.state[gaussian.means[0]] if group["motion"] else {}
+        return Block(gaussian, gradient, curvature, examples * process_count(), state)
 
 
 def _check_settings(group: dict[str, Any]) -> None:
@@ -220,6 +245,7 @@ def _check_settings(group: dict[str, Any]) -> None:
             "an infinite one; got discount inf"
         )
     check_number("trust_region", group["trust_region"], low=0.0, open_low=True)
+    check_fraction("prior_pull", group["prior_pull"])
     check_fraction("deterministic_lr", group["deterministic_lr"])
     check_choice("loss_reduction", group["loss_reduction"], ("mean", "sum", "position_mean"))
     check_choice("foreach", group["foreach"], (None, True, False))
@@ -231,15 +257,3 @@ def _check_settings(group: dict[str, Any]) -> None:
             replicas = parameter.shape[0] if owner[0].stacked else None
             for name, value in {**group, **(vars(belief) if isinstance(belief, Belief) else {})}.items():
                 check_replicas(name, value, replicas)
-
-
-def _examples(layer: GaussianLayer, name: str, loss_reduction: str) -> int:
-    """How many examples the gradients of a layer stand for, over all processes."""
-    examples = layer.positions if loss_reduction == "position_mean" else layer.examples
-    if examples == 0:
-        shape = tuple(layer.get_parameter(name).shape)
-        raise RuntimeError(
-            f"parameter {name!r} of a {type(layer).__name__} of shape {shape} has a gradient, but the layer saw "
-            f"no example since the last step; run forward and backward through the layer, or set layer.examples"
-        )
-    return examples * process_count()

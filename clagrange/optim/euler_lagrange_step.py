@@ -9,26 +9,31 @@ from torch import Tensor
 from clagrange._checks import Number, per_replica
 from clagrange.dynamics import relaxation_fraction
 from clagrange.dynamics.beliefs import averaging_weights
-from clagrange.gaussian import DiagonalPrecision, Precision
+from clagrange.gaussian import DiagonalPrecision, GaussianBlock, Precision
 from clagrange.optim.motion import foreach_widen, motion_resistance, widened_precision
 
 
 class Block(NamedTuple):
-    """A Gaussian parameter in a step.
+    """Gaussian parameters that share a precision, in a step.
 
     Attributes:
-        mean: changed in place.
-        gradient: of the mean loss per example.
-        precision: changed in place.
+        gaussian: the parameters and their precision, both changed in place.
+        gradient: of the mean loss per example, of the shape of the joint mean.
+        curvature: what an observer saw; None leaves the squared gradient.
         examples: behind the gradient.
         state: of the optimizer; holds the velocity where the motion term is on.
     """
 
-    mean: Tensor
+    gaussian: GaussianBlock
     gradient: Tensor
-    precision: Precision
+    curvature: Any
     examples: int
     state: dict[str, Any]
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of the block."""
+        return self.gaussian.precision
 
 
 def squared_gradient(gradient: Tensor, examples: int) -> Tensor:
@@ -68,24 +73,30 @@ def step_blocks(blocks: list[Block], group: dict[str, Any]) -> None:
             resistance=resistance,
         )
     for block in blocks:
-        mean, gradient, precision, examples, state = block
+        precision = block.precision
         if foreach and isinstance(precision, DiagonalPrecision):
             continue
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        curvature = squared_gradient(gradient, examples)
-        precision.observe(curvature * per_replica(gain, curvature), decay)
+        curvature = block.curvature
+        if isinstance(precision, DiagonalPrecision):
+            if curvature is None:
+                curvature = squared_gradient(block.gradient, block.examples)
+            curvature = curvature * per_replica(gain, curvature)
+        precision.observe(curvature, decay)
         precision.relax(group["temperature"], fraction)
         step = precision.displacement(
-            mean,
-            gradient,
+            block.gaussian.joint_mean(),
+            block.gradient,
             lr=group["lr"],
             temperature=group["temperature"],
             discount=group["discount"],
             trust_region=group["trust_region"],
+            prior_pull=group["prior_pull"],
         )
-        mean += step
+        for mean, part in zip(block.gaussian.means, block.gaussian.split(step), strict=True):
+            if mean.grad is not None:
+                mean.add_(part)
         if resistance is not None and isinstance(precision, DiagonalPrecision):
-            velocity = state["velocity"].lerp_(step, 1.0 - per_replica(decay, step))
+            velocity = block.state["velocity"].lerp_(step, 1.0 - per_replica(decay, step))
             precision.precision.copy_(
                 widened_precision(
                     precision.precision, precision.prior_precision, velocity, per_replica(resistance, step)
@@ -116,8 +127,8 @@ def _foreach_step(
     resistance: Number | None,
 ) -> None:
     """The same as `observe`, `relax`, `displacement` and widening of every block, by multi-tensor kernels."""
-    means = [block.mean for block in blocks]
-    gradients = [block.gradient.to(torch.promote_types(block.gradient.dtype, torch.float32)) for block in blocks]
+    means: list[Tensor] = [block.gaussian.means[0] for block in blocks]
+    gradients = [block.gradient for block in blocks]
     precisions, curvatures, prior_means, prior_precisions = (
         [getattr(block.precision, name) for block in blocks]
         for name in ("precision", "curvature", "prior_mean", "prior_precision")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import assert_same_tensors, batch, convnet, images, mlp
+from cases import assert_same_tensors, batch, convnet, gaussian_parameters, images, mlp
 from torch import nn
 
 from clagrange import GaussianConv2d, GaussianLinear, collapse, gaussianize, replicas, variances
-from clagrange.gaussian import gaussian_layers, gaussian_parameters, owner_of
+from clagrange.gaussian import gaussian_layers, owner_of
 
 
 def test_in_place_keeps_objects_hooks_references_and_outputs() -> None:

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from cases import R, assert_same_tensors, mlp, tensor
+from cases import R, assert_same_tensors, gaussian_parameters, mlp, tensor
 from scipy import stats
 from torch import nn
 
 from clagrange import gaussianize, inject_variance, replicas
-from clagrange.gaussian import gaussian_parameters
 
 
 def stream(seed: int = 0) -> torch.Generator:

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from cases import R, assert_same_tensors, batch, mlp
+from cases import R, assert_same_tensors, batch, gaussian_parameters, mlp
 from torch import nn
 
 from clagrange import GaussianLinear, gaussianize, predict, replicas, variances
-from clagrange.gaussian import gaussian_parameters, sample_parameters
+from clagrange.gaussian import sample_parameters
 
 
 def stream(seed: int = 0) -> torch.Generator:

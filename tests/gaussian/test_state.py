@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from cases import EULER_LAGRANGE, R, assert_same_tensors, batch, convnet, images, mlp, train
+from cases import EULER_LAGRANGE, R, assert_same_tensors, batch, convnet, gaussian_parameters, images, mlp, train
 from torch import nn
 
 from clagrange import collapse, gaussianize, replicas, variances
-from clagrange.gaussian import gaussian_parameters, owner_of
+from clagrange.gaussian import owner_of
 from clagrange.optim import EulerLagrange
 
 

@@ -7,12 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from cases import assert_same_tensors, backward, batch, convnet, mlp, train
+from cases import assert_same_tensors, backward, batch, convnet, gaussian_parameters, mlp, train
 from scipy import stats
 from torch import nn
 
 from clagrange import gaussianize, replicas
-from clagrange.gaussian import gaussian_parameters
 from clagrange.interventions import (
     ContinualBackprop,
     FullReset,

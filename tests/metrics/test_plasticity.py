@@ -6,11 +6,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from cases import R, convnet, images, mlp
+from cases import R, convnet, gaussian_parameters, images, mlp
 from torch import Tensor, nn
 
 from clagrange import gaussianize, replicas
-from clagrange.gaussian import gaussian_parameters
 from clagrange.metrics import dead_units, effective_rank, mean_variance, weight_magnitude
 from clagrange.wiring import hidden_features
 

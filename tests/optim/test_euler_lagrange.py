@@ -8,12 +8,11 @@ import re
 import oracles
 import pytest
 import torch
-from cases import R, assert_same_tensors, backward, batch, mlp, normed, train
+from cases import R, assert_same_tensors, backward, batch, gaussian_parameters, mlp, normed, train
 from torch import nn
 
 import clagrange
 from clagrange import gaussianize, replicas
-from clagrange.gaussian import gaussian_parameters
 from clagrange.optim import EulerLagrange
 
 SETTINGS = [

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import R, assert_same_tensors, backward, batch, mlp, tensor, train
+from cases import R, assert_same_tensors, backward, batch, gaussian_parameters, mlp, tensor, train
 from scipy.integrate import solve_bvp
 from torch import nn
 
@@ -18,9 +18,7 @@ from clagrange.dynamics import (
     second_order_manifold,
     stable_root,
 )
-from clagrange.gaussian import gaussian_parameters
 from clagrange.optim import EulerLagrange
-from clagrange.optim.euler_lagrange_step import Block, step_blocks
 from clagrange.optim.motion import motion_resistance, widened_precision
 
 ONE, NONE = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -210,8 +208,8 @@ def test_motion_keeps_every_weight_finite_and_inside_its_prior() -> None:
 
 
 def test_motion_refuses_a_precision_it_does_not_know() -> None:
-    net = gaussianize(nn.Linear(3, 2))
-    group = EulerLagrange(net, discount=1.0, motion=True).param_groups[0]
-    block = Block(net.weight, torch.zeros(2, 3), nn.Identity(), 1, {})
-    with pytest.raises(TypeError, match=r"motion: expected diagonal precisions, got a Identity"):
-        step_blocks([block], group)
+    net = gaussianize(nn.Linear(3, 2), precision="kronecker")
+    optimizer = EulerLagrange(net, discount=1.0, motion=True)
+    net(torch.ones(4, 3)).sum().backward()
+    with pytest.raises(TypeError, match=r"motion: expected diagonal precisions, got a KroneckerPrecision"):
+        optimizer.step()
