@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clagrange.distributed import mean_over_processes
-from clagrange.gaussian.kronecker import KroneckerPrecision
+from clagrange.gaussian.kronecker import KroneckerPrecision, LowRank
 
 
 class Observer(ABC):
@@ -61,34 +61,41 @@ class FactorObserver(Observer):
     def __init__(self, precision: KroneckerPrecision, bias: bool) -> None:
         self.precision = precision
         self.bias = bias
+        self._worth_keeping = True
         self.clear()
 
     @property
     def wanted(self) -> bool:
-        """As often as the precision observes."""
-        return self.precision.observes
+        """As often as the precision observes; always where a batch is small enough for a step of low rank."""
+        return self.precision.observes or self._worth_keeping
 
     def clear(self) -> None:
         """Forget what was seen."""
         self._sums: tuple[Tensor, Tensor] | None = None
         self._probe: Tensor | None = None
         self._rows = 0
+        self._pass: LowRank | None = None  # the only backward pass since
 
     def add(self, x: Tensor, d: Tensor) -> None:
         """Add Σ d dᵀ and Σ x xᵀ."""
         x, d = (_floats(tensor).flatten(-3, -2) for tensor in (x, d))
         if self.bias:
             x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
+        probe = d.mT @ (x @ _signs(x)).unsqueeze(-1)
+        rows = LowRank(x, d)
+        self._worth_keeping = self.precision.prefers(rows)
+        self._pass = rows if self._rows == 0 and self._worth_keeping else None
+        self._probe = probe if self._probe is None else self._probe + probe
+        self._rows += x.shape[-2]
+        if not self.precision.observes:
+            return
         sums = tuple(
             tensor.square().sum(-2) if diagonal else tensor.mT @ tensor
             for tensor, diagonal in zip((d, x), self.precision.diagonal_sides, strict=True)
         )
-        probe = d.mT @ (x @ _signs(x)).unsqueeze(-1)
-        if self._sums is not None and self._probe is not None:
+        if self._sums is not None:
             sums = tuple(old + new for old, new in zip(self._sums, sums, strict=True))
-            probe = self._probe + probe
-        self._sums, self._probe = (sums[0], sums[1]), probe
-        self._rows += x.shape[-2]
+        self._sums = (sums[0], sums[1])
 
     def curvature(self, gradient: Tensor, examples: int, unit: float = 1.0) -> tuple[Tensor, Tensor] | None:
         """(G, A).
@@ -102,8 +109,18 @@ class FactorObserver(Observer):
             mean_over_processes(tensor)
             for tensor in (self._sums[0] * (examples * unit**2), self._sums[1] / self._rows, self._probe * unit)
         )
-        scale = _proportion(gradient @ _signs(gradient).unsqueeze(-1), probe)
+        scale, _ = _proportion(gradient, probe)
         return outputs * scale.square().view(*scale.shape, *[1] * (outputs.dim() - scale.dim())), inputs
+
+    def low_rank(self, gradient: Tensor) -> LowRank | None:
+        """The gradient as dᵀx, if it is that of the one backward pass up to a number, and the pass was kept."""
+        if self._pass is None or self._probe is None:
+            return None
+        scale, error = _proportion(gradient, self._probe)
+        if float(error.max()) > torch.finfo(gradient.dtype).eps ** 0.625:
+            return None
+        x, d = self._pass
+        return LowRank(x, d * scale[..., None, None])
 
 
 def _floats(tensor: Tensor) -> Tensor:
@@ -116,10 +133,14 @@ def _signs(rows: Tensor) -> Tensor:
     return (torch.sin(index * index * 12.9898 + 1.0) > 0).to(rows.dtype) * 2.0 - 1.0
 
 
-def _proportion(changed: Tensor, seen: Tensor) -> Tensor:
-    """c where ``changed`` is c·``seen`` to a tenth, 1 elsewhere; for each leading block."""
-    changed, seen = changed.flatten(-2), seen.flatten(-2)
+def _proportion(gradient: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """c where a gradient, multiplied with `_signs`, is c·``probe`` to a tenth, 1 elsewhere; and the relative error.
+
+    For each leading block.
+    """
+    changed, seen = (gradient @ _signs(gradient)), probe.squeeze(-1)
     power = seen.square().sum(-1)
     c = torch.where(power > 0, (changed * seen).sum(-1) / power, torch.ones_like(power))
-    error = (changed - c.unsqueeze(-1) * seen).square().sum(-1)
-    return torch.where(error <= 0.01 * changed.square().sum(-1), c, torch.ones_like(c))
+    size = changed.square().sum(-1).clamp(min=torch.finfo(power.dtype).tiny)
+    error = ((changed - c.unsqueeze(-1) * seen).square().sum(-1) / size).sqrt()
+    return torch.where(error <= 0.1, c, torch.ones_like(c)), error

@@ -1,7 +1,7 @@
 """The matrix-Gaussian precision: a Kronecker product of two factors, with a prior."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,18 @@ from clagrange._checks import Number, check_choice, check_count, check_fraction,
 from clagrange.dynamics import relaxation_fraction
 from clagrange.gaussian.factors import Eigen, damped_inverse, eigen, right_product
 from clagrange.gaussian.precision import Precision
+
+
+class LowRank(NamedTuple):
+    """A gradient dᵀx as the rows that made it.
+
+    Attributes:
+        x: (..., N, in).
+        d: (..., N, out).
+    """
+
+    x: Tensor
+    d: Tensor
 
 
 class KroneckerPrecision(Precision):
@@ -141,6 +153,7 @@ class KroneckerPrecision(Precision):
         discount: Number = math.inf,
         trust_region: Number = math.inf,
         prior_pull: Number = 1.0,
+        low_rank: LowRank | None = None,
     ) -> Tensor:
         """−φ(G ⊗ A + δ)⁻¹(g + δ(μ − μ_p)), at most ``trust_region`` posterior standard deviations.
 
@@ -148,6 +161,9 @@ class KroneckerPrecision(Precision):
         axes, each in units of its own standard deviation; D/2 times its square is the KL divergence between the
         posteriors before and after the step. A longer step is scaled down as a whole. The prior's pull is outside
         of the bound; with "factored" damping it acts when the factors are inverted, for all steps in between.
+
+        Args:
+            low_rank: the same gradient as the rows of a small batch, with which the products are cheaper.
         """
         self._since_refresh += 1
         refreshed = self._since_refresh >= self.refresh_every
@@ -160,7 +176,7 @@ class KroneckerPrecision(Precision):
         pull = prior_pull * temperature * self.prior_precision * (mean - self.prior_mean)
         if self.damping == "exact":
             gradient = gradient + pull
-        step = self._apply_solver(gradient)
+        step = self._apply_solver(gradient) if low_rank is None else self._apply_to_rows(low_rank)
         length = fraction * (self._mean(step * gradient).clamp(min=0.0) / temperature).sqrt()
         tiny = torch.finfo(length.dtype).tiny
         step = step * (-fraction * (bound / length.clamp(min=tiny)).clamp(max=1.0))
@@ -187,6 +203,19 @@ class KroneckerPrecision(Precision):
         root = damping.sqrt()
         self.input_solver.copy_(damped_inverse(self.inputs, ratio * root, self._diagonal("inputs")))
         self.output_solver.copy_(damped_inverse(self.outputs, root / ratio, self._diagonal("outputs")))
+
+    def prefers(self, rows: LowRank) -> bool:
+        """Whether a step is cheaper by the rows of a batch than by the gradient.
+
+        On a GPU the products are cheap, and to look whether they may be used would wait for it.
+        """
+        count, columns, outputs = rows.x.shape[-2], rows.x.shape[-1], rows.d.shape[-1]
+        cheaper = count * (columns**2 + outputs**2 + columns * outputs) < columns * outputs * (columns + outputs)
+        full = not any(self.diagonal_sides)
+        return cheaper and full and self.damping == "factored" and rows.x.device.type == "cpu"
+
+    def _apply_to_rows(self, rows: LowRank) -> Tensor:
+        return (rows.d @ self.output_solver).mT @ (rows.x @ self.input_solver)
 
     def _apply_solver(self, gradient: Tensor) -> Tensor:
         rows, columns = self._diagonal("outputs"), self._diagonal("inputs")

@@ -19,6 +19,8 @@ from clagrange._checks import (
 from clagrange.distributed import process_count
 from clagrange.dynamics.beliefs import Belief, as_belief, as_numbers
 from clagrange.gaussian import GaussianBlock, GaussianLayer, Precision, owner_of
+from clagrange.gaussian.curvature import FactorObserver
+from clagrange.gaussian.kronecker import LowRank
 from clagrange.optim.euler_lagrange_step import Block, step_blocks
 from clagrange.optim.stacked import adam_step, restore_state
 
@@ -217,10 +219,12 @@ class EulerLagrange(Optimizer):
         observer = layer.observation_of(names[0])
         unit = 1.0 / examples if reduction == "sum" else 1.0
         curvature = None if observer is None else observer.curvature(gradient, examples, unit)
+        low_rank = observer.low_rank(gradient) if isinstance(observer, FactorObserver) else None
         if group["maximize"]:
             gradient = -gradient
+            low_rank = None if low_rank is None else LowRank(low_rank.x, -low_rank.d)
         state = self.state[gaussian.means[0]] if group["motion"] else {}
-        return Block(gaussian, gradient, curvature, examples * process_count(), state)
+        return Block(gaussian, gradient, low_rank, curvature, examples * process_count(), state)
 
 
 def _check_settings(group: dict[str, Any]) -> None:

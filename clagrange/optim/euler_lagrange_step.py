@@ -9,7 +9,8 @@ from torch import Tensor
 from clagrange._checks import Number, per_replica
 from clagrange.dynamics import relaxation_fraction
 from clagrange.dynamics.beliefs import averaging_weights
-from clagrange.gaussian import DiagonalPrecision, GaussianBlock, Precision
+from clagrange.gaussian import DiagonalPrecision, GaussianBlock, KroneckerPrecision, Precision
+from clagrange.gaussian.kronecker import LowRank
 from clagrange.optim.motion import foreach_widen, motion_resistance, widened_precision
 
 
@@ -19,6 +20,7 @@ class Block(NamedTuple):
     Attributes:
         gaussian: the parameters and their precision, both changed in place.
         gradient: of the mean loss per example, of the shape of the joint mean.
+        low_rank: the gradient by the rows of a small batch, where that is known.
         curvature: what an observer saw; None leaves the squared gradient.
         examples: behind the gradient.
         state: of the optimizer; holds the velocity where the motion term is on.
@@ -26,6 +28,7 @@ class Block(NamedTuple):
 
     gaussian: GaussianBlock
     gradient: Tensor
+    low_rank: LowRank | None
     curvature: Any
     examples: int
     state: dict[str, Any]
@@ -91,6 +94,7 @@ def step_blocks(blocks: list[Block], group: dict[str, Any]) -> None:
             discount=group["discount"],
             trust_region=group["trust_region"],
             prior_pull=group["prior_pull"],
+            **({"low_rank": block.low_rank} if isinstance(precision, KroneckerPrecision) else {}),
         )
         for mean, part in zip(block.gaussian.means, block.gaussian.split(step), strict=True):
             if mean.grad is not None:

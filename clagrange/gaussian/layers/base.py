@@ -1,6 +1,5 @@
-"""Layers whose parameters are Gaussian: the mean keeps the usual name, the precision stands beside it."""
+"""What layers with Gaussian parameters share: the mean keeps the usual name, the precision stands beside it."""
 
-import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ from clagrange._checks import Number
 from clagrange.gaussian.curvature import Observer
 from clagrange.gaussian.precision import Precision
 from clagrange.gaussian.structures import Structure, as_structure
-from clagrange.replicas import conv2d, fan_in, linear, patches
 
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -294,128 +292,3 @@ class GaussianLayer(nn.Module, ABC):
                 precision.reset()
                 state_dict.update({block + key: value for key, value in precision.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class GaussianLinear(GaussianLayer, nn.Linear):
-    """A linear layer with Gaussian weights: y = x Wᵀ + b at the mean.
-
-    Args:
-        in_features: inputs of each unit.
-        out_features: number of units.
-        bias: whether there is one; it is Gaussian too.
-        precision: structure of the precision, "diagonal" or "kronecker", or one with settings such as
-            `Kronecker`.
-        prior_mean: "zero" or "initial".
-        prior_variance: in units of the initialisation variance 2 / in_features.
-        device: of all tensors.
-        dtype: of the means.
-
-    Shapes: inputs (..., in), outputs (..., out); stacked: inputs (R, ..., in), weight (R, out, in).
-
-    Example:
-        >>> layer = GaussianLinear(8, 4, prior_variance=0.5)
-        >>> float(layer.weight_precision.variance().mean())
-        0.125
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        precision: str | Structure = "diagonal",
-        prior_mean: str = "zero",
-        prior_variance: Number = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.become_gaussian(precision, prior_mean, prior_variance)
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the weight is (R, out, in)."""
-        return self.weight.dim() == 3
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the layer at its mean."""
-        output = linear(inputs, self.weight, self.bias)
-        leading = inputs.shape[int(self.stacked) : -1]
-        self.watch(output, inputs, leading[0] if leading else 1, math.prod(leading))
-        return output
-
-    def initial_variance(self, name: str) -> float:
-        """2 / in_features."""
-        return 2.0 / self.in_features
-
-    def rows(self, weight: str, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and output gradients as they are, all dimensions between the batch and the last as positions."""
-        first = int(self.stacked)
-        x, d = (
-            tensor.reshape(*tensor.shape[:first], *(tensor.shape[first:-1] or (1,))[:1], -1, tensor.shape[-1])
-            for tensor in (inputs, gradient)
-        )
-        return x, d
-
-
-class GaussianConv2d(GaussianLayer, nn.Conv2d):
-    """A convolution with Gaussian weights.
-
-    Takes the arguments of `torch.nn.Conv2d`, and ``precision``, ``prior_mean`` and ``prior_variance`` (in units
-    of 2 / (in_channels / groups · kernel height · kernel width)) as `GaussianLinear` does.
-
-    Shapes: inputs (B, C, H, W); stacked: inputs (R, B, C, H, W), weight (R, out, in / groups, h, w).
-
-    Example:
-        >>> GaussianConv2d(3, 8, 5, padding=2)(torch.zeros(1, 3, 6, 6)).shape
-        torch.Size([1, 8, 6, 6])
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        *args: Any,
-        precision: str | Structure = "diagonal",
-        prior_mean: str = "zero",
-        prior_variance: Number = 1.0,
-        **settings: Any,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, *args, **settings)
-        self.become_gaussian(precision, prior_mean, prior_variance)
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the weight is (R, out, in / groups, h, w)."""
-        return self.weight.dim() == 5
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the convolution at its mean."""
-        output = conv2d(self, inputs, self.weight, self.bias)
-        batched = inputs.dim() == self.weight.dim()
-        examples = inputs.shape[int(self.stacked)] if batched else 1
-        self.watch(output, inputs, examples, examples)
-        return output
-
-    def initial_variance(self, name: str) -> float:
-        """2 / (in_channels / groups · kernel height · kernel width)."""
-        return 2.0 / fan_in(self)
-
-    def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
-        """(groups, out / groups, in / groups · h · w), without the first dimension where there is one group."""
-        matrix = super().as_matrix(name, tensor)
-        return matrix if self.groups == 1 else matrix.unflatten(-2, (self.groups, -1))
-
-    def rows(self, weight: str, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches of the inputs (im2col), one for each position of the kernel, and the gradients there."""
-        first = int(self.stacked)
-        if inputs.dim() == self.weight.dim() - 1:  # a single image
-            inputs, gradient = inputs.unsqueeze(first), gradient.unsqueeze(first)
-        leading = inputs.shape[: first + 1]
-        x = patches(self, inputs.flatten(0, first)).unflatten(0, leading)
-        d = gradient.flatten(-2).mT
-        if self.groups > 1:
-            x, d = (tensor.unflatten(-1, (self.groups, -1)).movedim(-2, first) for tensor in (x, d))
-        return x, d
