@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from clagrange.tasks import PermutedDigits, PermutedMNIST, RandomLabelDigits, Task, TaskStream
+from clagrange.tasks import PermutedDigits, PermutedImages, PermutedMNIST, RandomLabelDigits, Task, TaskStream
 from clagrange.tasks.digits import digits
 
 SMALL = {"tasks": 5, "examples": 90, "batch_size": 8, "seed": 3}
@@ -202,3 +203,43 @@ def test_permuted_mnist() -> None:
     assert not torch.equal(tasks[0].inputs, tasks[1].inputs)
     assert same(PermutedMNIST(tasks=3, examples=200, root=root, seed=1).task(2), tasks[2])
     assert not same(PermutedMNIST(tasks=3, examples=200, root=root, seed=2).task(2), tasks[2])
+
+
+# ---------------------------------------------------------------------------------------- images of a file
+def archive(folder: Path, **changes: object) -> str:
+    generator = np.random.default_rng(0)
+    arrays = {
+        "x_train": generator.integers(0, 256, (30, 3, 4, 4), dtype=np.uint8),
+        "y_train": generator.integers(0, 5, 30),
+        **changes,
+    }
+    np.savez(folder / "images.npz", **{name: array for name, array in arrays.items() if array is not None})
+    return "images.npz"
+
+
+def test_permuted_images_of_an_archive(tmp_path: Path) -> None:
+    file = archive(tmp_path)
+    stream = PermutedImages(file, tasks=3, examples=20, batch_size=4, pool=2, root=str(tmp_path), seed=1)
+    assert (stream.input_shape, stream.classes, stream.steps) == ((12,), 5, 5)
+    with np.load(tmp_path / file) as arrays:
+        squares = arrays["x_train"][:20].reshape(20, 3, 2, 2, 2, 2).mean((3, 5)).reshape(20, 12) / 255.0
+        targets = arrays["y_train"][:20]
+    tasks = list(stream)
+    for task in tasks:
+        assert task.targets.tolist() == targets.tolist()
+        np.testing.assert_allclose(np.sort(task.inputs, 1), np.sort(squares, 1), rtol=1e-6)
+    assert not torch.equal(tasks[0].inputs, tasks[1].inputs)
+    again = PermutedImages(file, tasks=3, examples=20, batch_size=4, pool=2, root=str(tmp_path), seed=1)
+    assert same(again.task(2), tasks[2])
+
+
+def test_what_permuted_images_refuses(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"file: .*none at {tmp_path}/none.npz; .*CLAGRANGE_DATA"):
+        PermutedImages("none.npz", root=str(tmp_path))
+    with pytest.raises(ValueError, match="examples: expected at most the 30 images of images.npz, got 31"):
+        PermutedImages(archive(tmp_path), examples=31, root=str(tmp_path))
+    for number, changes in enumerate(({"y_train": None}, {"x_train": np.zeros((30, 4, 4), dtype=np.uint8)})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(ValueError, match=r"file: expected .*x_train"):
+            PermutedImages(archive(folder, **changes), examples=20, root=str(folder))
