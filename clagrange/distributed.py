@@ -1,5 +1,6 @@
 """The little that the package has to know of other processes."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,3 +17,12 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total / process_count()
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows (..., n, width) of all processes, one after the other: (..., processes·n, width)."""
+    if process_count() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(process_count())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts, -2)

@@ -49,7 +49,7 @@ def randn_like(tensor: Tensor, generators: Generators | None = None) -> Tensor:
             f"generators: expected one for each of the replicas of a tensor of shape {tuple(tensor.shape)}, "
             f"got {len(generators)}"
         )
-    noise = torch.empty_like(tensor)
+    noise = torch.empty_like(tensor, memory_format=torch.contiguous_format)  # strides decide the order of numbers
     for row, generator in zip(noise, generators, strict=True):
         row.normal_(generator=generator)
     return noise
@@ -70,9 +70,9 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product.view(*inputs.shape[:-1], -1)
 
 
-def conv2d(layer: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution with the settings of ``layer``; with a leading replica dimension a grouped one."""
-    if weight.dim() == 4:
+def convolution(layer: nn.modules.conv._ConvNd, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution with the settings of ``layer``; of 2 dimensions with a replica dimension a grouped one."""
+    if weight.dim() == 2 + len(layer.kernel_size):
         output: Tensor = layer._conv_forward(inputs, weight, bias)
         return output
     if inputs.dim() != 5:
@@ -100,23 +100,86 @@ def conv2d(layer: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None
     return _unfold_replicas(folded, replicas)
 
 
-def patches(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """What the kernel of a convolution sees at each of its places: (B, places, in · height · width)."""
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        inputs = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-        padding: tuple[int, ...] = (0, 0)
-    else:
-        padding = layer.padding
-    columns: Tensor = F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
-    return columns.mT
+def patches(layer: nn.modules.conv._ConvNd, inputs: Tensor) -> Tensor:
+    """What the kernel of a convolution sees at each of its places: (B, places, in · kernel size)."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    return _windows(padded, layer.kernel_size, layer.dilation, layer.stride).flatten(-1 - len(layer.kernel_size))
 
 
-def fan_in(layer: nn.Linear | nn.Conv2d) -> int:
-    """Number of inputs of one unit."""
+def transposed_patches(layer: nn.modules.conv._ConvNd, inputs: Tensor, places: Sequence[int]) -> Tensor:
+    """The same for a transposed convolution with outputs of the sizes ``places``.
+
+    It is a convolution by the reversed kernel, in steps of 1, of the inputs with stride − 1 zeros between them.
+    """
+    assert not isinstance(layer.padding, str)
+    steps, dimensions = layer.stride, len(places)
+    spread = inputs.new_zeros(
+        *inputs.shape[:2], *((size - 1) * step + 1 for size, step in zip(inputs.shape[2:], steps, strict=True))
+    )
+    spread[tuple(slice(None, None, step) for step in (1, 1, *steps))] = inputs
+    margins = [
+        (d * (k - 1) - padding, size + padding - width)
+        for d, k, padding, size, width in zip(
+            layer.dilation, layer.kernel_size, layer.padding, places, spread.shape[2:], strict=True
+        )
+    ]
+    padded = F.pad(spread, [margin for both in reversed(margins) for margin in both])
+    windows = _windows(padded, layer.kernel_size, layer.dilation, (1,) * dimensions)
+    return windows.flip(tuple(range(-dimensions, 0))).flatten(-1 - dimensions)
+
+
+def _windows(inputs: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The entries under a kernel at each of its places: (B, places, channels, *kernel)."""
+    dimensions = len(kernel)
+    for axis, (k, d, step) in enumerate(zip(kernel, dilation, stride, strict=True), 2):
+        inputs = inputs.unfold(axis, d * (k - 1) + 1, step)[..., ::d]
+    return inputs.movedim(1, dimensions + 1).flatten(1, dimensions)
+
+
+def fan_in(layer: nn.Linear | nn.modules.conv._ConvNd) -> float:
+    """Number of inputs of one unit; of a transposed convolution on average over its places."""
     if isinstance(layer, nn.Linear):
         return layer.in_features
-    return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    steps = math.prod(layer.stride) if layer.transposed else 1
+    return layer.in_channels // layer.groups * math.prod(layer.kernel_size) / steps
+
+
+def layer_norm(layer: nn.LayerNorm, inputs: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """R layer norms of inputs (R, ...), weight and bias (R, *normalized_shape)."""
+    output = F.layer_norm(inputs, layer.normalized_shape, None, None, layer.eps)
+    shape = (inputs.shape[0], *[1] * (inputs.dim() - 1 - len(layer.normalized_shape)), *layer.normalized_shape)
+    output = output if weight is None else output * weight.view(shape)
+    return output if bias is None else output + bias.view(shape)
+
+
+def group_norm(layer: nn.GroupNorm, inputs: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """R group norms of inputs (R, B, C, ...), weight and bias (R, C); folded into C, each has its groups."""
+    folded = inputs.transpose(0, 1).flatten(1, 2)
+    weight, bias = (None if p is None else p.flatten() for p in (weight, bias))
+    out = F.group_norm(folded, inputs.shape[0] * layer.num_groups, weight, bias, layer.eps)
+    return _unfold_replicas(out, inputs.shape[0])
+
+
+def batch_norm(
+    layer: nn.modules.batchnorm._BatchNorm, inputs: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """R batch norms of inputs (R, B, C, ...), weight, bias and statistics (R, C), folded into C."""
+    if inputs.dim() < 3:
+        raise ValueError(f"expected inputs of shape (replicas, batch, channels, ...), got {inputs.dim()}D")
+    momentum = 0.0 if layer.momentum is None else layer.momentum
+    if layer.training and layer.track_running_stats:
+        assert layer.num_batches_tracked is not None
+        layer.num_batches_tracked.add_(1)
+        if layer.momentum is None:
+            momentum = 1.0 / float(layer.num_batches_tracked.flatten()[0])
+    use_batch = layer.training or layer.running_mean is None
+    running_mean, running_var, weight, bias = (
+        None if t is None else t.flatten() for t in (layer.running_mean, layer.running_var, weight, bias)
+    )
+    folded = inputs.transpose(0, 1).flatten(1, 2)
+    out = F.batch_norm(folded, running_mean, running_var, weight, bias, use_batch, momentum, layer.eps)
+    return _unfold_replicas(out, inputs.shape[0])
 
 
 def _unfold_replicas(folded: Tensor, replicas: int) -> Tensor:
@@ -138,7 +201,7 @@ class StackedConv2d(nn.Conv2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Apply each replica's convolution to its own inputs."""
-        return conv2d(self, inputs, self.weight, self.bias)
+        return convolution(self, inputs, self.weight, self.bias)
 
 
 class StackedLayerNorm(nn.LayerNorm):
@@ -146,50 +209,23 @@ class StackedLayerNorm(nn.LayerNorm):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise, then apply each replica's scale and shift."""
-        normalised = F.layer_norm(inputs, self.normalized_shape, None, None, self.eps)
-        if not self.elementwise_affine:
-            return normalised
-        between = [1] * (inputs.dim() - 1 - len(self.normalized_shape))
-        shape = (inputs.shape[0], *between, *self.normalized_shape)
-        normalised = normalised * self.weight.view(shape)
-        return normalised if self.bias is None else normalised + self.bias.view(shape)
+        return layer_norm(self, inputs, self.weight, self.bias)
 
 
 class StackedGroupNorm(nn.GroupNorm):
     """R group norms: weight and bias (R, channels)."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Fold the replicas into the channels, so that each keeps its groups."""
-        weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
-        folded = inputs.transpose(0, 1).flatten(1, 2)
-        out = F.group_norm(folded, inputs.shape[0] * self.num_groups, weight, bias, self.eps)
-        return _unfold_replicas(out, inputs.shape[0])
+        """Normalise the groups of each replica."""
+        return group_norm(self, inputs, self.weight, self.bias)
 
 
 class _StackedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """R batch norms: weight, bias and running statistics (R, channels)."""
 
-    def _check_input_dim(self, inputs: Tensor) -> None:
-        if inputs.dim() < 3:
-            raise ValueError(f"expected inputs of shape (replicas, batch, channels, ...), got {inputs.dim()}D")
-
     def forward(self, inputs: Tensor) -> Tensor:
-        """Fold the replicas into the channels, so that each keeps its statistics."""
-        self._check_input_dim(inputs)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats:
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked.flatten()[0])
-        use_batch = self.training or self.running_mean is None
-        running_mean, running_var, weight, bias = (
-            None if t is None else t.flatten()
-            for t in (self.running_mean, self.running_var, self.weight, self.bias)
-        )
-        folded = inputs.transpose(0, 1).flatten(1, 2)
-        out = F.batch_norm(folded, running_mean, running_var, weight, bias, use_batch, momentum, self.eps)
-        return _unfold_replicas(out, inputs.shape[0])
+        """Normalise the channels of each replica."""
+        return batch_norm(self, inputs, self.weight, self.bias)
 
 
 class StackedBatchNorm1d(_StackedBatchNorm):
@@ -305,6 +341,10 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
         parameter.data = torch.stack([named[name].detach() for named in tensors])
     for name, buffer in stacked.named_buffers():
         buffer.data = torch.stack([named[name] for named in tensors])
+    for name, module in stacked.named_modules():
+        if "random_streams" in vars(module):  # of what draws weights in training: one for each replica
+            copies = [copy.deepcopy(vars(net.get_submodule(name))["random_streams"]) for net in networks]
+            vars(module)["random_streams"] = [stream for streams in copies for stream in streams]
     return stacked
 
 
@@ -331,6 +371,9 @@ def unstack(network: nn.Module) -> list[nn.Module]:
             module.__class__ = _SINGLE_FORMS.get(type(module), type(module))
         for tensor in (*single.parameters(), *single.buffers()):
             tensor.data = tensor.data[replica].clone()
+        for module in single.modules():
+            if "random_streams" in vars(module):
+                vars(module)["random_streams"] = [vars(module)["random_streams"][replica]]
         networks.append(single)
     return networks
 
@@ -353,8 +396,8 @@ def _is_stacked_convolution(module: nn.Module) -> bool:
 
 
 def _keeps_its_form(module: nn.Module) -> bool:
-    """Gaussian layers read the replicas off their weight; pointwise layers and containers have none."""
-    if isinstance(module, (nn.Linear, nn.Conv2d, *POINTWISE)):
+    """Stackable Gaussian layers read the replicas off their weight; pointwise layers and containers have none."""
+    if getattr(module, "stackable", False) or isinstance(module, POINTWISE):
         return True
     owns_tensors = any(True for _ in module.parameters(recurse=False))
     return not owns_tensors and (

@@ -1,7 +1,7 @@
 """The Euler-Lagrange rule with variance injection as an Avalanche strategy."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 
 from clagrange import optim
-from clagrange.gaussian import gaussian_layers, gaussianize
+from clagrange.gaussian import Structure, gaussian_layers, gaussianize
+from clagrange.gaussian.conversion import LayerSettings
 from clagrange.interventions import VarianceInjection
 from clagrange.strategies.heads import layers_of, make_new_layers_gaussian
 from clagrange.strategies.plugin import InterventionPlugin
@@ -36,10 +37,10 @@ class EulerLagrange(SupervisedTemplate):  # type: ignore[misc]
         trust_region: bound on a step, in posterior standard deviations.
         deterministic_lr: learning rate of parameters that are not Gaussian.
         loss_reduction: how the criterion averages, "mean", "sum" or "position_mean".
-        precision: structure of the precision.
+        precision: structure of the precision, a name or one with settings.
         prior_mean: "zero" or "initial".
         prior_variance: of the prior, in units of each layer's initialisation variance 2 / fan_in.
-        layers: settings by layer name, None for a layer that stays deterministic.
+        layers: settings by name, pattern or type of layer, None for what stays deterministic.
         strength: of the injection, in [0, 1]; 0 or None, with ``widen`` 0, for none.
         widen: fraction in [0, 1] by which precisions move to the prior's before the mean is sampled.
         seed: of the injection's random stream.
@@ -79,10 +80,10 @@ class EulerLagrange(SupervisedTemplate):  # type: ignore[misc]
         trust_region: float = 1.0,
         deterministic_lr: float = 1e-3,
         loss_reduction: str = "mean",
-        precision: str = "diagonal",
+        precision: str | Structure = "diagonal",
         prior_mean: str = "zero",
         prior_variance: float = 1.0,
-        layers: Mapping[str, Mapping[str, Any] | None] | None = None,
+        layers: LayerSettings | None = None,
         strength: float | None = 0.3,
         widen: float = 0.0,
         seed: int = 0,

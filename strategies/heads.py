@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from clagrange.gaussian import DiagonalPrecision, GaussianLayer, gaussianize
-from clagrange.gaussian.network import GAUSSIAN_FORMS
+from clagrange.gaussian import GaussianLayer, Precision, gaussianize
+from clagrange.gaussian.forms import has_weights
 
 
 def layers_of(network: nn.Module) -> dict[str, nn.Module]:
@@ -14,16 +14,18 @@ def layers_of(network: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in network.named_modules()
-        if isinstance(module, GaussianLayer) or type(module) in GAUSSIAN_FORMS
+        if isinstance(module, GaussianLayer) or has_weights(module)
     }
 
 
 def make_new_layers_gaussian(network: nn.Module, before: dict[str, nn.Module], settings: dict[str, Any]) -> None:
     """Make the layers that appeared in a network Gaussian, in place.
 
-    A layer that took the place of a Gaussian one, of the same inputs, gets its prior, and the precision and
-    curvature of the units that were there before; further units start at the prior. A layer in the place of a
-    deterministic one stays deterministic. A layer in a new place becomes Gaussian with the settings.
+    A layer that took the place of a Gaussian one, of the same inputs, gets its structure, prior and random
+    streams, and what the precision knows of the units that were there before (the curvature; or the factor of the
+    inputs, and the rows and columns of these units in that of the outputs); further units start at the prior. A
+    layer in the place of a deterministic one stays deterministic. A layer in a new place becomes Gaussian with
+    the settings.
 
     Args:
         network: the network after it grew.
@@ -43,7 +45,8 @@ def make_new_layers_gaussian(network: nn.Module, before: dict[str, nn.Module], s
         else:
             kept[name] = None
     if fresh:
-        gaussianize(network, **{**settings, "layers": {**(settings["layers"] or {}), **kept}})
+        asked = {key: value for key, value in (settings["layers"] or {}).items() if key not in kept}
+        gaussianize(network, **{**settings, "layers": {**asked, **kept}})
 
 
 def _continues(layer: nn.Module, old: GaussianLayer) -> bool:
@@ -52,22 +55,30 @@ def _continues(layer: nn.Module, old: GaussianLayer) -> bool:
     return all(name in means and means[name].shape[1:] == mean.shape[1:] for name, mean in old.means())
 
 
-@torch.no_grad()
 def _take_over(layer: nn.Module, old: GaussianLayer) -> None:
-    initial = any(_diagonal(old, name).prior_at_start for name, _ in old.means())
-    gaussianize(layer, prior_mean="initial" if initial else "zero")
+    """Make a layer Gaussian as an older one was."""
+    known = {block.names: block.precision for block in old.blocks()}
+    initial = any(precision.prior_at_start for precision in known.values())
+    gaussianize(layer, old.structure, prior_mean="initial" if initial else "zero")
     assert isinstance(layer, GaussianLayer)
-    for name, _ in old.means():
-        target, source = _diagonal(layer, name), _diagonal(old, name)
-        target.prior_precision.copy_(source.prior_precision)
-        target.reset()
-        for buffer in ("prior_mean", "precision", "curvature"):
-            stored, known = getattr(target, buffer), getattr(source, buffer)
-            units = min(len(stored), len(known))
-            stored[:units] = known[:units]
+    for block in layer.blocks():
+        if block.names in known:
+            _continue(block.precision, known[block.names])
+    layer._modules.pop("sampler", None)
+    if "sampler" in old._modules:
+        layer.sampler = old.sampler
 
 
-def _diagonal(layer: GaussianLayer, name: str) -> DiagonalPrecision:
-    precision = layer.precision_of(name)
-    assert isinstance(precision, DiagonalPrecision)
-    return precision
+@torch.no_grad()
+def _continue(precision: Precision, old: Precision) -> None:
+    """Give a fresh precision what an older one knew of the first units, with its prior for the others."""
+    precision.prior_precision.copy_(old.origin[1])
+    precision.reset()
+    if old.consolidated:
+        precision.consolidate(precision.prior_mean.expand(precision.shape), 0.0)
+    for name, known in old.named_buffers():
+        stored = precision.get_buffer(name)
+        if known.dim() > stored.dim():  # the factor of more units than Kronecker.widest is diagonal
+            known = known.diagonal(dim1=-2, dim2=-1)
+        common = tuple(slice(min(sizes)) for sizes in zip(stored.shape, known.shape, strict=True))
+        stored[common] = known[common]

@@ -20,8 +20,8 @@ class PermutedImages(TaskStream):
     inputs.
 
     Args:
-        file: an .npz archive with ``x_train`` (images, channels, height, width), uint8, and ``y_train`` (images,),
-            whole numbers from 0; in ``root`` unless the path is absolute.
+        file: an .npz archive with ``x_train`` (images, channels, height, width) of uint8 and ``y_train``
+            (images,) of whole numbers from 0; in ``root`` unless the path is absolute.
         tasks: number of tasks.
         examples: of each task.
         batch_size: examples of a batch.
@@ -70,8 +70,8 @@ def _images(file: Path, pool: int) -> tuple[Tensor, Tensor]:
     """Inputs (images, values) in [0, 1] and targets (images,)."""
     if not file.is_file():
         raise FileNotFoundError(
-            f"file: expected an .npz archive of images, found none at {file.resolve()}; give its path, or its folder as root= "
-            f"or in the environment variable CLAGRANGE_DATA"
+            f"file: expected an .npz archive of images, found none at {file.resolve()}; give its path, or its "
+            f"folder as root= or in the environment variable CLAGRANGE_DATA"
         )
     try:
         with np.load(file, allow_pickle=False) as archive:

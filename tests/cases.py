@@ -1,19 +1,23 @@
 """What many tests share: networks, regression data, and the table of optimizers with their bad inputs."""
 
+import importlib.util
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import clagrange
 from clagrange.dynamics import Belief
-from clagrange.gaussian import Precision, gaussian_blocks
+from clagrange.gaussian import Diagonal, Kronecker, Precision, Structure, gaussian_blocks, set_sampling
 from clagrange.networks import initialize
 from clagrange.optim import (
+    BGD,
+    MESU,
     Ballistic,
     BeliefAdam,
     Drift,
@@ -22,8 +26,10 @@ from clagrange.optim import (
     NaturalGradient,
     OptimalMomentum,
     StackedAdam,
+    StackedMuon,
     StackedSGD,
 )
+from clagrange.replicas import generators_from_seeds
 
 R = 3
 """Replicas of the stacked tests."""
@@ -118,7 +124,27 @@ def step_with(
 
 def assert_same_tensors(actual: Any, expected: Any, **tolerance: float) -> None:
     """Two state dicts (nested, or of tensors) agree."""
-    torch.testing.assert_close(actual, expected, **(tolerance or {"rtol": 0, "atol": 0}))
+    if isinstance(expected, Mapping):
+        assert set(actual) == set(expected)
+        for name, value in expected.items():
+            assert_same_tensors(actual[name], value, **tolerance)
+    elif expected is None or isinstance(expected, str):
+        assert actual == expected
+    else:
+        torch.testing.assert_close(actual, expected, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def tensors_of(net: nn.Module) -> dict[str, Tensor]:
+    """Copies of the tensors in a network's state."""
+    return {name: value.clone() for name, value in net.state_dict().items() if isinstance(value, Tensor)}
+
+
+def study_methods() -> list[Any]:
+    """The name of every method of a study; skipped where it needs a package that is not installed."""
+    from clagrange.study.methods import METHODS
+
+    absent = pytest.mark.skipif(importlib.util.find_spec("ivon") is None, reason="ivon-opt is not installed")
+    return [pytest.param(name, marks=absent) if name == "ivon" else name for name in METHODS]
 
 
 # ---------------------------------------------------------------------------------------------- optimizers
@@ -134,6 +160,7 @@ class OptimizerCase:
     bad: list[tuple[dict[str, Any], type[Exception], str]]
     """Arguments, exception and what its message says."""
     gaussian: bool = False
+    precision: Structure = Diagonal()  # noqa: RUF009 - it cannot change
     torch_form: Callable[..., Optimizer] | None = None
     options: list[dict[str, Any]] = field(default_factory=list)
     """Further settings, each to be run through the whole battery."""
@@ -141,7 +168,19 @@ class OptimizerCase:
     def network(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
         """A network of the kind that the optimizer wants."""
         net = mlp(seed, dtype)
-        return clagrange.gaussianize(net) if self.gaussian else net
+        if self.gaussian:
+            self.make_gaussian(net, seed)
+        return net
+
+    def make_gaussian(self, net: nn.Module, seeds: int | list[int] = 0, **settings: Any) -> None:
+        """Gaussian layers of the kind that the optimizer wants, with random streams of their own."""
+        clagrange.gaussianize(net, precision=self.precision, **settings)
+        set_sampling(net, self.precision.sampling, generators_from_seeds(seeds))
+
+    @property
+    def draws(self) -> bool:
+        """Whether it trains on drawn weights."""
+        return self.precision.sampling != "mean"
 
     def make(self, net: nn.Module | Any, **settings: Any) -> Optimizer:
         """The optimizer, its settings replaced where given."""
@@ -203,6 +242,36 @@ EULER_LAGRANGE = OptimizerCase(
     ],
 )
 
+EULER_LAGRANGE_KRONECKER = replace(
+    EULER_LAGRANGE,
+    name="EulerLagrange-kronecker",
+    precision=Kronecker(refresh_every=3),
+    stacked_settings={
+        "lr": tensor(0.02, 0.005, 0.01),
+        "temperature": tensor(1e-2, 1e-1, 3e-2),
+        "trust_region": tensor(1.0, 0.5, math.inf),
+        "prior_pull": tensor(1.0, 0.0, 0.3),
+        "discount": tensor(0.3, math.inf, 20.0),
+        "deterministic_lr": tensor(1e-3, 0.0, 1e-2),
+    },
+    bad=[
+        ({"prior_pull": 1.5}, ValueError, r"prior_pull: expected a number in \[0, 1\], got 1\.5"),
+        ({"trust_region": -1.0}, ValueError, r"trust_region: "),
+    ],
+    options=[
+        {"discount": 0.2, "variance_rate": 0.05, "trust_region": 0.5},
+        {"trust_region": math.inf, "prior_pull": 0.0},
+    ],
+)
+
+EULER_LAGRANGE_EXACT = replace(
+    EULER_LAGRANGE_KRONECKER,
+    name="EulerLagrange-kronecker-exact",
+    precision=Kronecker(damping="exact", observe_every=2, refresh_every=1),
+    bad=[],
+    options=[{"discount": 0.2, "variance_rate": 0.05, "trust_region": 0.5}, {"prior_pull": 0.0}],
+)
+
 STACKED_SGD = OptimizerCase(
     "StackedSGD",
     StackedSGD,
@@ -240,6 +309,54 @@ STACKED_ADAM = OptimizerCase(
     ],
     torch_form=torch.optim.Adam,
     options=[{"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 1e-4}],
+)
+
+
+def muon_beside_adamw(params: Iterable[nn.Parameter], **settings: Any) -> Optimizer:
+    """torch's Muon for matrices and its AdamW for the rest, as one optimizer."""
+    found = list(params)
+    decay = {"weight_decay": settings.get("weight_decay", 0.1)}
+    muon = {name: settings[name] for name in ("lr", "momentum") if name in settings}
+    return Both(
+        torch.optim.Muon([p for p in found if p.dim() == 2], **decay, **muon),
+        torch.optim.AdamW([p for p in found if p.dim() != 2], lr=settings.get("adamw_lr", 1e-3), **decay),
+    )
+
+
+class Both:
+    """Two optimizers that step together."""
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = optimizers
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+STACKED_MUON = OptimizerCase(
+    "StackedMuon",
+    StackedMuon,
+    settings={"lr": 0.02},
+    stacked_settings={
+        "lr": tensor(0.02, 0.05, 0.0),
+        "momentum": tensor(0.95, 0.0, 0.5),
+        "weight_decay": tensor(0.1, 0.0, 0.5),
+        "adamw_lr": tensor(1e-3, 1e-2, 0.0),
+    },
+    bad=[
+        ({"lr": -1.0}, ValueError, r"lr: expected a number in \[0, inf\), got -1"),
+        ({"momentum": 1.1}, ValueError, r"momentum: "),
+        ({"weight_decay": math.nan}, ValueError, r"weight_decay: .*got nan"),
+        ({"adamw_lr": "fast"}, TypeError, r"adamw_lr: expected a number .* got 'fast'"),
+        ({"stacked": "yes"}, ValueError, r"stacked: expected one of None, True, False"),
+    ],
+    torch_form=muon_beside_adamw,
+    options=[{"momentum": 0.8, "weight_decay": 0.0, "adamw_lr": 1e-2}],
 )
 
 MOMENTS = {"gradient_belief": Belief(0.01, 0.4, 1.0), "square_belief": Belief.averaging(0.99, 1.0)}
@@ -379,10 +496,60 @@ DRIFT = OptimizerCase(
     ],
 )
 
+DRAWS = Diagonal("sampled", sampling="batch")
+
+MESU_CASE = OptimizerCase(
+    "MESU",
+    MESU,
+    settings={"lr": 0.1, "memory": 1e3},
+    stacked_settings={
+        "lr": tensor(0.1, 0.3, 0.01),
+        "memory": tensor(1e3, 1e2, math.inf),
+        "trust_region": tensor(0.1, 0.5, 0.02),
+        "deterministic_lr": tensor(1e-3, 0.0, 1e-2),
+    },
+    bad=[
+        ({"lr": 0.0}, ValueError, r"lr: expected a number in \(0, inf\), got 0"),
+        ({"memory": -1.0}, ValueError, r"memory: "),
+        ({"trust_region": 1.0}, ValueError, r"trust_region: expected a number in \(0, 1\), got 1"),
+        ({"samples": 0}, ValueError, r"samples: expected a whole number of at least 1, got 0"),
+        ({"samples": 2.0}, TypeError, r"samples: expected a whole number of at least 1, got 2\.0"),
+        ({"deterministic_lr": -0.1}, ValueError, r"deterministic_lr: "),
+        ({"loss_reduction": "means"}, ValueError, r"did you mean 'mean'"),
+    ],
+    gaussian=True,
+    precision=DRAWS,
+    options=[{"memory": math.inf, "trust_region": 0.9}],
+)
+
+BGD_CASE = OptimizerCase(
+    "BGD",
+    BGD,
+    settings={"lr": 0.1, "trust_region": 0.1},
+    stacked_settings={
+        "lr": tensor(0.1, 1.0, 0.01),
+        "trust_region": tensor(0.1, 0.02, 0.5),
+        "deterministic_lr": tensor(1e-3, 0.0, 1e-2),
+    },
+    bad=[
+        ({"lr": -1.0}, ValueError, r"lr: expected a number in \(0, inf\), got -1"),
+        ({"trust_region": 0.0}, ValueError, r"trust_region: expected a number in \(0, inf\], got 0"),
+        ({"samples": True}, TypeError, r"samples: expected a whole number of at least 1, got True"),
+        ({"loss_reduction": "avg"}, ValueError, r"loss_reduction: expected one of mean, sum, position_mean"),
+    ],
+    gaussian=True,
+    precision=DRAWS,
+)
+
 OPTIMIZERS = [
     EULER_LAGRANGE,
+    EULER_LAGRANGE_KRONECKER,
+    EULER_LAGRANGE_EXACT,
+    MESU_CASE,
+    BGD_CASE,
     STACKED_SGD,
     STACKED_ADAM,
+    STACKED_MUON,
     BALLISTIC,
     OPTIMAL_MOMENTUM,
     NATURAL_GRADIENT,

@@ -13,8 +13,13 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^In ([^\n]+):\n\n```python\n(.*?)```", README, flags=re.M | re.S)
 
 
-def test_there_are_three_usages():
-    assert [name for name, _ in BLOCKS] == ["a plain loop", "Lightning", "Avalanche"]
+def test_the_usages():
+    assert [name for name, _ in BLOCKS] == [
+        "a plain loop",
+        "a plain loop, with matrix-Gaussian weights",
+        "Lightning",
+        "Avalanche",
+    ]
 
 
 @pytest.mark.parametrize(("name", "code"), BLOCKS, ids=[name for name, _ in BLOCKS])

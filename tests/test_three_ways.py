@@ -3,6 +3,7 @@
 import pytest
 import torch
 from avalanche_runs import naive
+from cases import assert_same_tensors, study_methods
 from lightning_runs import Classifier, trainer
 from parity import DoubleDigits
 from torch import nn
@@ -22,7 +23,7 @@ def method(name):
 
 def network(name):
     net = cl.networks.mlp(64, [12, 8], 10, seed=STREAM.seed).double()
-    method(name).prepare(net)
+    method(name).prepare(net, STREAM.seed)
     return net
 
 
@@ -52,17 +53,12 @@ def through_lightning(name, folder) -> nn.Module:
     return module.net
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", study_methods())
 # a data module that holds its batches in memory has no use for the loader workers that Lightning misses
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 def test_same_weights_in_the_runner_in_avalanche_and_in_lightning(name, tmp_path):
     runner = through_runner(name).state_dict()
     for other in (through_avalanche(name), through_lightning(name, tmp_path)):
-        state = other.state_dict()
-        assert set(state) == set(runner)
-        for key, value in runner.items():
-            torch.testing.assert_close(
-                state[key], value, rtol=1e-8, atol=1e-14, msg=lambda m, key=key: f"{key}: {m}"
-            )
+        assert_same_tensors(other.state_dict(), runner, rtol=1e-8, atol=1e-14)
     start = network(name).state_dict()
     assert all(not torch.equal(runner[key], start[key]) for key in start if key.endswith(".weight"))

@@ -1,32 +1,74 @@
 """Gaussian weights: precisions, layers, and what a user does with a network of them."""
 
+from clagrange.gaussian.consolidation import consolidate
+from clagrange.gaussian.conversion import collapse, gaussianize
 from clagrange.gaussian.kronecker import KroneckerPrecision
-from clagrange.gaussian.layers import GaussianBlock, GaussianConv2d, GaussianLayer, GaussianLinear, owner_of
+from clagrange.gaussian.layers import (
+    GaussianBatchNorm1d,
+    GaussianBatchNorm2d,
+    GaussianBatchNorm3d,
+    GaussianBlock,
+    GaussianConv1d,
+    GaussianConv2d,
+    GaussianConv3d,
+    GaussianConvTranspose1d,
+    GaussianConvTranspose2d,
+    GaussianConvTranspose3d,
+    GaussianEmbedding,
+    GaussianGroupNorm,
+    GaussianGRUCell,
+    GaussianLayer,
+    GaussianLayerNorm,
+    GaussianLinear,
+    GaussianLSTMCell,
+    GaussianMultiheadAttention,
+    GaussianOutProjection,
+    GaussianRMSNorm,
+    GaussianRNNCell,
+    owner_of,
+)
 from clagrange.gaussian.network import (
-    collapse,
     gaussian_blocks,
     gaussian_layers,
-    gaussianize,
     inject_variance,
-    predict,
-    sample_parameters,
+    set_sampling,
     variances,
 )
 from clagrange.gaussian.precision import DiagonalPrecision, Precision
+from clagrange.gaussian.prediction import Prediction, predict, sample_parameters
 from clagrange.gaussian.structures import Diagonal, Kronecker, Structure
 
 __all__ = [
     "Diagonal",
     "DiagonalPrecision",
+    "GaussianBatchNorm1d",
+    "GaussianBatchNorm2d",
+    "GaussianBatchNorm3d",
     "GaussianBlock",
+    "GaussianConv1d",
     "GaussianConv2d",
+    "GaussianConv3d",
+    "GaussianConvTranspose1d",
+    "GaussianConvTranspose2d",
+    "GaussianConvTranspose3d",
+    "GaussianEmbedding",
+    "GaussianGRUCell",
+    "GaussianGroupNorm",
+    "GaussianLSTMCell",
     "GaussianLayer",
+    "GaussianLayerNorm",
     "GaussianLinear",
+    "GaussianMultiheadAttention",
+    "GaussianOutProjection",
+    "GaussianRMSNorm",
+    "GaussianRNNCell",
     "Kronecker",
     "KroneckerPrecision",
     "Precision",
+    "Prediction",
     "Structure",
     "collapse",
+    "consolidate",
     "gaussian_blocks",
     "gaussian_layers",
     "gaussianize",
@@ -34,5 +76,6 @@ __all__ = [
     "owner_of",
     "predict",
     "sample_parameters",
+    "set_sampling",
     "variances",
 ]

@@ -1,28 +1,34 @@
-"""Curvature estimators that look at the inputs and output gradients of a layer during the backward pass.
+"""Curvature estimators that look at a layer during the backward pass.
 
-All estimate the curvature of the mean loss per example. A layer hands over, for every backward pass, its inputs
-x of shape (..., n, P, in) and the gradients d of its outputs, (..., n, P, out): n examples with P positions each
-(tokens, or the places of a convolution's kernel; 1 for a plain batch). What arrives as d is the gradient of the
-mean over n examples, so that one example's own gradient is n·d. Leading dimensions are independent: replicas,
-and the groups of a convolution.
+All estimate the curvature of the mean loss per example. Most see the rows of a layer: its inputs x of shape
+(..., n, P, in) and the gradients d of its outputs, (..., n, P, out): n examples with P positions each (tokens, or
+the places of a convolution's kernel; 1 for a plain batch). What arrives as d is the gradient of the mean over n
+examples, so that one example's own gradient is n·d. Leading dimensions are independent: replicas, and the groups
+of a convolution. Whole numbers x of shape (n, P) stand for one-hot inputs, such as the tokens of an embedding.
+
+Between the backward pass and the step a gradient may be multiplied with a number: its norm is clipped, or it is
+unscaled from mixed precision. Every observer finds that number by a projection of both gradients, so that its
+estimate is of the gradient that the optimizer sees.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clagrange.distributed import mean_over_processes
-from clagrange.gaussian.kronecker import KroneckerPrecision, LowRank
+from clagrange.distributed import gathered, mean_over_processes, process_count
+from clagrange.gaussian.kronecker import Factors, KroneckerPrecision, LowRank
+from clagrange.gaussian.precision import DiagonalPrecision
 
 
 class Observer(ABC):
-    """Adds up what an estimator needs of one pair of weight and bias while gradients accumulate."""
+    """Adds up what an estimator needs of the parameters of one precision while gradients accumulate."""
 
     @property
     def wanted(self) -> bool:
-        """Whether the next backward pass is to be observed."""
+        """Whether the rows of the next backward pass are to be added."""
         return True
 
     @abstractmethod
@@ -31,14 +37,14 @@ class Observer(ABC):
 
     @abstractmethod
     def add(self, x: Tensor, d: Tensor) -> None:
-        """Add the inputs and output gradients of one backward pass."""
+        """Add the rows of one backward pass."""
 
     @abstractmethod
     def curvature(self, gradient: Tensor, examples: int, unit: float = 1.0) -> Any:
         """The estimate, averaged over the processes of a group; None if nothing was seen.
 
         Args:
-            gradient: of the mean loss, (..., out, in) with the bias as last column.
+            gradient: of the mean loss, of the joint mean's shape.
             examples: n of this process.
             unit: what the gradients of the outputs are to be multiplied with to be those of the mean loss.
         """
@@ -48,8 +54,8 @@ class FactorObserver(Observer):
     """Kronecker factors: G = n Σ d dᵀ over examples and positions, A the mean over both of x xᵀ.
 
     They are exact for one example's gradient d xᵀ; over examples their product stands for the mean of d dᵀ ⊗ x xᵀ
-    (K-FAC), and over positions these are taken to be independent (KFC). The factors are also exact where d is that
-    of labels drawn from the network's own prediction; with the data's labels this is the empirical Fisher matrix.
+    (K-FAC), and over positions these are taken to be independent (KFC). With the data's labels this is the
+    empirical Fisher matrix; with labels drawn from the network's own prediction, the Fisher matrix.
 
     Args:
         precision: whose factors these are; it says when they are wanted, and which are diagonal.
@@ -61,66 +67,235 @@ class FactorObserver(Observer):
     def __init__(self, precision: KroneckerPrecision, bias: bool) -> None:
         self.precision = precision
         self.bias = bias
-        self._worth_keeping = True
+        self._keeping = True
         self.clear()
 
     @property
     def wanted(self) -> bool:
-        """As often as the precision observes; always where a batch is small enough for a step of low rank."""
-        return self.precision.observes or self._worth_keeping
+        """As often as the precision observes; always where the rows of a batch are few enough to be kept."""
+        return self.precision.observes or self._keeping
 
     def clear(self) -> None:
         """Forget what was seen."""
-        self._sums: tuple[Tensor, Tensor] | None = None
-        self._probe: Tensor | None = None
-        self._rows = 0
-        self._pass: LowRank | None = None  # the only backward pass since
+        self._count = 0
+        self._rows: LowRank | None = None  # all rows, while they are few
+        self._sums: tuple[Tensor, Tensor] | None = None  # else their products
+        self._probe: Tensor | None = None  # the gradient that they make, times a fixed vector
 
     def add(self, x: Tensor, d: Tensor) -> None:
-        """Add Σ d dᵀ and Σ x xᵀ."""
-        x, d = (_floats(tensor).flatten(-3, -2) for tensor in (x, d))
-        if self.bias:
-            x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
-        probe = d.mT @ (x @ _signs(x)).unsqueeze(-1)
-        rows = LowRank(x, d)
-        self._worth_keeping = self.precision.prefers(rows)
-        self._pass = rows if self._rows == 0 and self._worth_keeping else None
+        """Add rows of x, (..., n, P, in) or indices (..., n, P), and of d."""
+        d = _floats(d).flatten(-3, -2)
+        one_hot = not x.is_floating_point()
+        if one_hot:
+            x = x.flatten()
+            projected = _signs(self.precision.inputs).to(d.dtype)[x]
+        else:
+            x = _floats(x).flatten(-3, -2)
+            if self.bias:
+                x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
+            projected = x @ _signs(x)
+        probe = d.mT @ projected.unsqueeze(-1)
         self._probe = probe if self._probe is None else self._probe + probe
-        self._rows += x.shape[-2]
+        self._count += d.shape[-2]
+        self._keeping = not one_hot and self._sums is None and self.precision.keeps(self._count)
+        if self._keeping:
+            kept = LowRank(x, d)
+            self._rows = kept if self._rows is None else LowRank(*map(_joined, self._rows, kept))
+            return
+        if self._rows is not None:
+            self._add_products(*self._rows)
+            self._rows = None
+        self._add_products(x, d)
+
+    def _add_products(self, x: Tensor, d: Tensor) -> None:
         if not self.precision.observes:
             return
-        sums = tuple(
-            tensor.square().sum(-2) if diagonal else tensor.mT @ tensor
-            for tensor, diagonal in zip((d, x), self.precision.diagonal_sides, strict=True)
-        )
+        diagonal_outputs, diagonal_inputs = self.precision.diagonal_sides
+        outputs = _squares(d, diagonal_outputs)
+        if x.is_floating_point():
+            inputs = _squares(x, diagonal_inputs)
+        else:
+            inputs = torch.bincount(x, minlength=self.precision.inputs.shape[-1]).to(d.dtype)
         if self._sums is not None:
-            sums = tuple(old + new for old, new in zip(self._sums, sums, strict=True))
-        self._sums = (sums[0], sums[1])
+            outputs, inputs = self._sums[0] + outputs, self._sums[1] + inputs
+        self._sums = (outputs, inputs)
 
-    def curvature(self, gradient: Tensor, examples: int, unit: float = 1.0) -> tuple[Tensor, Tensor] | None:
-        """(G, A).
-
-        Where the gradient is what was seen times a number, as after clipping its norm or unscaling it from mixed
-        precision, that number squared scales G: the estimate is of the gradient that the optimizer sees.
-        """
-        if self._sums is None or self._probe is None:
+    def curvature(self, gradient: Tensor, examples: int, unit: float = 1.0) -> Factors | LowRank | None:
+        """The factors, or rows with G = dᵀd and A = xᵀx; of a multiplied gradient, G by that number squared."""
+        if not self.precision.observes or self._probe is None:
             return None
-        outputs, inputs, probe = (
-            mean_over_processes(tensor)
-            for tensor in (self._sums[0] * (examples * unit**2), self._sums[1] / self._rows, self._probe * unit)
-        )
-        scale, _ = _proportion(gradient, probe)
-        return outputs * scale.square().view(*scale.shape, *[1] * (outputs.dim() - scale.dim())), inputs
-
-    def low_rank(self, gradient: Tensor) -> LowRank | None:
-        """The gradient as dᵀx, if it is that of the one backward pass up to a number, and the pass was kept."""
-        if self._pass is None or self._probe is None:
+        scale, _ = self._proportion(gradient, unit)
+        factor = (scale * (unit * examples**0.5))[..., None, None]
+        if self._rows is not None:
+            x, d = (gathered(rows) for rows in self._rows)
+            return LowRank(x / (self._count * process_count()) ** 0.5, d * (factor / process_count() ** 0.5))
+        if self._sums is None:
             return None
-        scale, error = _proportion(gradient, self._probe)
+        outputs, inputs = (mean_over_processes(part) for part in self._sums)
+        factor = factor.square() if outputs.dim() == gradient.dim() else factor.squeeze(-1).square()
+        return Factors(outputs * factor, inputs / self._count, self._count * process_count())
+
+    def low_rank(self, gradient: Tensor, unit: float = 1.0) -> LowRank | None:
+        """The gradient as dᵀx where that is known to be it, up to a number, and cheaper."""
+        if self._rows is None or not self.precision.prefers(self._rows):
+            return None
+        scale, error = self._proportion(gradient, unit)
         if float(error.max()) > torch.finfo(gradient.dtype).eps ** 0.625:
             return None
-        x, d = self._pass
-        return LowRank(x, d * scale[..., None, None])
+        x, d = (gathered(rows) for rows in self._rows)
+        return LowRank(x, d * (scale * (unit / process_count()))[..., None, None])
+
+    def _proportion(self, gradient: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+        assert self._probe is not None
+        return _proportion(gradient, mean_over_processes(self._probe) * unit)
+
+
+class PerExampleObserver(Observer):
+    """The mean over examples of the squares of their own gradients, n Σ (Σ_positions d x)².
+
+    It is exact, except in a layer that is used several times in a pass (a recurrent cell): there the squares of
+    each use are added, without the products between them.
+
+    With labels drawn from the network's own prediction its expectation is the diagonal of the Fisher matrix, for
+    a log-likelihood that of the Gauss-Newton matrix too; with the data's labels it is that of the empirical
+    Fisher matrix. With one position it costs another product like that of the weight's gradient, (d²)ᵀ(x²); with
+    more (a convolution) the same product example by example, and n squares of every weight.
+
+    Args:
+        precision: of the parameter that is observed.
+    """
+
+    def __init__(self, precision: DiagonalPrecision) -> None:
+        self.precision = precision
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self._squares: Tensor | None = None
+        self._probe: Tensor | None = None
+
+    def add(self, x: Tensor, d: Tensor) -> None:
+        """Add Σ (Σ_positions d x)²."""
+        d = _floats(d)
+        if x.is_floating_point():
+            x = _floats(x)
+            squares = _squares_by_example(x, d)
+            x, d = x.flatten(-3, -2), d.flatten(-3, -2)
+            probe = d.mT @ (x @ _signs(x)).unsqueeze(-1)
+        else:
+            squares = _squares_by_token(x, d, self.precision.precision.shape[0])
+            projected = (d @ _signs(d)).flatten()
+            probe = d.new_zeros(len(squares), 1).index_add_(0, x.flatten(), projected.unsqueeze(-1))
+        self._squares = squares if self._squares is None else self._squares + squares
+        self._probe = probe if self._probe is None else self._probe + probe
+
+    def curvature(self, gradient: Tensor, examples: int, unit: float = 1.0) -> Tensor | None:
+        """The mean of squares; of a multiplied gradient, by that number squared."""
+        if self._squares is None or self._probe is None:
+            return None
+        squares, probe = (
+            mean_over_processes(tensor) for tensor in (self._squares * (examples * unit**2), self._probe * unit)
+        )
+        scale, _ = _proportion(gradient.reshape(squares.shape), probe)
+        return (squares * scale.square()[..., None, None]).reshape(gradient.shape)
+
+
+class VarianceObserver(Observer):
+    """The gradient of the variance itself: H = 2 ∂⟨L⟩/∂σ² over the draws of the weights.
+
+    Where one draw w = μ + σε serves a batch this is g ε/σ with the gradient g at w; under local
+    reparametrisation, Σ d ε x²/√(x²σ²) with the noise ε of each output. Its expectation is the diagonal of the
+    Hessian averaged over the weights' distribution, whatever the loss, without a Gauss-Newton approximation (of
+    outputs that are drawn position by position, without what connects the positions). So it can be negative, also
+    because it is noisy: the standard deviation of one draw is about that of g, over σ. A belief averages it, and
+    is not let below 0 (`DiagonalPrecision.observe`).
+
+    It sees draws, not rows: `follow` hands out the mean and the variance from which they are made.
+
+    Args:
+        precision: of the parameter that is observed.
+
+    Source: Price (1958) and Opper and Archambeau (2009) for the identity; Khan et al. (2018) for its use here.
+    """
+
+    def __init__(self, precision: DiagonalPrecision) -> None:
+        self.precision = precision
+        self.clear()
+
+    @property
+    def wanted(self) -> bool:
+        """No rows."""
+        return False
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self._curvature: Tensor | None = None
+        self._probe: Tensor | None = None
+
+    def add(self, x: Tensor, d: Tensor) -> None:
+        """Rows say nothing here."""
+
+    def follow(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """The same mean and variance; the gradients that reach what is returned are added up."""
+        variance = variance.detach().requires_grad_()
+        variance.register_hook(self._add_curvature)
+        if mean.requires_grad:
+            mean = mean.view_as(mean)
+            mean.register_hook(self._add_probe)
+        return mean, variance
+
+    def _add_curvature(self, gradient: Tensor) -> None:
+        self._curvature = 2.0 * gradient if self._curvature is None else self._curvature + 2.0 * gradient
+
+    def _add_probe(self, gradient: Tensor) -> None:
+        probe = self._project(gradient)
+        self._probe = probe if self._probe is None else self._probe + probe
+
+    def _matrix(self, tensor: Tensor) -> Tensor:
+        first = 1 + self.precision.stacked
+        return _floats(tensor.unsqueeze(-1) if tensor.dim() == first else tensor.flatten(first))
+
+    def _project(self, gradient: Tensor) -> Tensor:
+        matrix = self._matrix(gradient)
+        return (matrix @ _signs(matrix)).unsqueeze(-1)
+
+    def curvature(self, gradient: Tensor, examples: int, unit: float = 1.0) -> Tensor | None:
+        """The estimate; of a multiplied gradient, by the same number. None without a draw, as in evaluation."""
+        if self._curvature is None or self._probe is None:
+            return None
+        curvature, probe = (
+            mean_over_processes(tensor) for tensor in (self._curvature * unit, self._probe * unit)
+        )
+        scale, _ = _proportion(self._matrix(gradient), probe)
+        return curvature * scale.view(*scale.shape, *[1] * (curvature.dim() - scale.dim()))
+
+
+_BUDGET = 2**22
+"""Numbers that may be held at once for the gradients of single examples."""
+
+
+def _squares(rows: Tensor, diagonal: bool) -> Tensor:
+    """Σ r rᵀ over rows, or its diagonal."""
+    return rows.square().sum(-2) if diagonal else rows.mT @ rows
+
+
+def _squares_by_example(x: Tensor, d: Tensor) -> Tensor:
+    """Σ over examples of the squares of dᵀx: (..., out, in) from (..., n, P, in) and (..., n, P, out)."""
+    if x.shape[-2] == 1:
+        return d.squeeze(-2).square().mT @ x.squeeze(-2).square()
+    size = x.shape[:-3].numel() * x.shape[-1] * d.shape[-1]
+    total = x.new_zeros(*x.shape[:-3], d.shape[-1], x.shape[-1])
+    for part_x, part_d in zip(*(tensor.split(max(1, _BUDGET // size), -3) for tensor in (x, d)), strict=True):
+        total += (part_d.mT @ part_x).square().sum(-3)
+    return total
+
+
+def _squares_by_token(tokens: Tensor, d: Tensor, vocabulary: int) -> Tensor:
+    """The same for one-hot inputs, as an embedding has it: (vocabulary, out) from (n, P) and (n, P, out)."""
+    examples = torch.arange(len(tokens), device=tokens.device).unsqueeze(-1)
+    pairs, where = torch.unique(examples * vocabulary + tokens, return_inverse=True)
+    sums = d.new_zeros(len(pairs), d.shape[-1]).index_add_(0, where.flatten(), d.flatten(0, 1))
+    return d.new_zeros(vocabulary, d.shape[-1]).index_add_(0, pairs % vocabulary, sums.square())
 
 
 def _floats(tensor: Tensor) -> Tensor:
@@ -129,16 +304,25 @@ def _floats(tensor: Tensor) -> Tensor:
 
 def _signs(rows: Tensor) -> Tensor:
     """A fixed vector of ±1 in no order, of the last dimension's size."""
-    index = torch.arange(rows.shape[-1], device=rows.device, dtype=torch.float64)
-    return (torch.sin(index * index * 12.9898 + 1.0) > 0).to(rows.dtype) * 2.0 - 1.0
+    return _fixed_signs(rows.shape[-1], rows.dtype, rows.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _fixed_signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    index = torch.arange(size, device=device, dtype=torch.float64)
+    return (torch.sin(index * index * 12.9898 + 1.0) > 0).to(dtype) * 2.0 - 1.0
+
+
+def _joined(one: Tensor, other: Tensor) -> Tensor:
+    return torch.cat([one, other], -2)
 
 
 def _proportion(gradient: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """c where a gradient, multiplied with `_signs`, is c·``probe`` to a tenth, 1 elsewhere; and the relative error.
+    """c where a gradient is c times what was seen, to a tenth, 1 elsewhere; and the relative error.
 
-    For each leading block.
+    Both for each leading block. The gradient is compared with the probe after multiplication with `_signs`.
     """
-    changed, seen = (gradient @ _signs(gradient)), probe.squeeze(-1)
+    changed, seen = gradient @ _signs(gradient), probe.squeeze(-1)
     power = seen.square().sum(-1)
     c = torch.where(power > 0, (changed * seen).sum(-1) / power, torch.ones_like(power))
     size = changed.square().sum(-1).clamp(min=torch.finfo(power.dtype).tiny)

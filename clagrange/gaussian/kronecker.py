@@ -8,8 +8,19 @@ from torch import Tensor
 
 from clagrange._checks import Number, check_choice, check_count, check_fraction, per_replica
 from clagrange.dynamics import relaxation_fraction
-from clagrange.gaussian.factors import Eigen, damped_inverse, eigen, right_product
+from clagrange.gaussian.factors import (
+    Eigen,
+    damped_inverse,
+    eigen,
+    follow,
+    left_product,
+    merged_product,
+    right_product,
+)
 from clagrange.gaussian.precision import Precision
+
+_SMALL = 256
+"""Width up to which a factor is inverted at every step where batches have no fewer rows."""
 
 
 class LowRank(NamedTuple):
@@ -22,6 +33,20 @@ class LowRank(NamedTuple):
 
     x: Tensor
     d: Tensor
+
+
+class Factors(NamedTuple):
+    """What was seen of the factors.
+
+    Attributes:
+        outputs: Ĝ, or its diagonal.
+        inputs: Â, or its diagonal.
+        rows: the number of rows of which they are sums.
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+    rows: int
 
 
 class KroneckerPrecision(Precision):
@@ -40,10 +65,16 @@ class KroneckerPrecision(Precision):
     relax the product: after a change of both factors it runs ahead of or behind the exact one by
     r(1 − r)(Ĝ − G) ⊗ (Â − A) in a step. There is no belief beside the factors.
 
-    The mean moves by −φ(G ⊗ A + δ)⁻¹ g, φ = `relaxation_fraction`(lr, discount): S is always at the equilibrium of
-    its curvature, so that all directions share one stable root. With ``damping="factored"`` the inverse is
+    The mean moves by −φ(G ⊗ A + δ)⁻¹ g, φ = `relaxation_fraction`(lr, discount): S is always at the equilibrium
+    of its curvature, so that all directions share one stable root. With ``damping="factored"`` the inverse is
     (G + √δ/π)⁻¹ ⊗ (A + π√δ)⁻¹, π² = (tr A/in)/(tr G/out) (Martens and Grosse 2015), which adds cross terms,
     needs no eigenvectors, and has been the more robust; with "exact" it is taken along the axes.
+
+    Once consolidated, the prior is a product too: its precision is P = G_p ⊗ A_p + 1/σ_p², kept in units of
+    precision so that it stays what it is when T changes. The posterior (G ⊗ A)/T + P is no single product;
+    wherever this class says G and A, the `merged_product` of both stands for it, which is exact right after
+    consolidation, and later as long as A or G is as it was but for a factor. The pull toward the prior,
+    P(μ − μ_p), and the divergence from it are those of the exact P.
 
     Args:
         mean: shape (..., out, in); leading dimensions are independent blocks (groups of a convolution).
@@ -61,6 +92,8 @@ class KroneckerPrecision(Precision):
         inputs: A, (..., in, in), or (..., in) if diagonal; starts at 0.
         outputs: G, (..., out, out), or (..., out) if diagonal; starts at 0.
         temperature: T of the last step; 1 before it.
+        prior_inputs: A_p once consolidated, of the shape of A; None before.
+        prior_outputs: G_p once consolidated, of the shape of G; None before.
 
     Source: the Gaussian flow is that of Vastola, Gershman, Rajan (2025), section 6, for a full precision; the
     factors are those of Martens and Grosse (2015).
@@ -74,8 +107,12 @@ class KroneckerPrecision(Precision):
     inputs: Tensor
     outputs: Tensor
     temperature: Tensor
+    prior_inputs: Tensor | None
+    prior_outputs: Tensor | None
     input_solver: Tensor
     output_solver: Tensor
+    input_damping: Tensor
+    output_damping: Tensor
     solver_spectrum: Tensor
 
     def __init__(
@@ -103,11 +140,13 @@ class KroneckerPrecision(Precision):
         for side, size, diagonal in (("inputs", columns, diagonal_inputs), ("outputs", rows, diagonal_outputs)):
             shape = (*leading, size) if diagonal else (*leading, size, size)
             self.register_buffer(side, torch.zeros(shape, dtype=dtype, device=device))
+            self.register_buffer(f"prior_{side}", None)
             self.register_buffer(f"{side[:-1]}_solver", torch.zeros(shape, dtype=dtype, device=device))
+            self.register_buffer(f"{side[:-1]}_damping", torch.ones((*leading, 1, 1), dtype=dtype, device=device))
         self.register_buffer("temperature", torch.ones_like(self.prior_precision))
         if damping == "exact":
             self.register_buffer("solver_spectrum", torch.ones(mean.shape, dtype=dtype, device=device))
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._seen: Factors | LowRank | None = None
         self._since_observation = 0
         self._since_refresh = refresh_every  # due at once
         self._axes: tuple[Any, Eigen, Eigen] | None = None
@@ -118,8 +157,11 @@ class KroneckerPrecision(Precision):
         """Whether the factors of the next step are wanted."""
         return (self._since_observation + 1) % self.observe_every == 0
 
-    def observe(self, curvature: tuple[Tensor, Tensor] | None, decay: Number = 0.0) -> None:
-        """Note the factors (G, A) of a batch, to which `relax` then moves; ``decay`` has no part in it."""
+    def observe(self, curvature: Factors | LowRank | None, decay: Number = 0.0) -> None:
+        """Note the factors of a batch, or rows d and x with G = dᵀd and A = xᵀx, for `relax`.
+
+        ``decay`` has no part in it: there is no belief beside the factors.
+        """
         self._seen = curvature
 
     def relax(self, temperature: Number, fraction: Number) -> None:
@@ -127,21 +169,77 @@ class KroneckerPrecision(Precision):
 
         An observation that is not finite changes nothing (in that replica).
         """
-        self.temperature.copy_(torch.as_tensor(per_replica(temperature, self.temperature)))
+        self.temperature.copy_(torch.as_tensor(per_replica(temperature, self.temperature), dtype=torch.float64))
         self._since_observation += 1
         if self._seen is None:
             return
-        outputs, inputs = self._seen
-        self._seen = None
         share = 1.0 - (1.0 - fraction) ** self._since_observation
         self._since_observation = 0
+        seen, self._seen = self._seen, None
+        due = self._since_refresh + 1 >= self.refresh_every
+        usable = self._finite(seen)
+        for side in ("outputs", "inputs"):
+            if isinstance(seen, LowRank):
+                part, count, rows = (seen.d if side == "outputs" else seen.x), seen.x.shape[-2], True
+            else:
+                part, count, rows = getattr(seen, side), seen.rows, False
+            followed = self._move(getattr(self, side), part, share, rows, usable)
+            if self.damping == "factored" and not due and not self.consolidated:
+                self._follow(side, part if followed else None, share, count)
+
+    def _follow(self, side: str, rows: Tensor | None, share: Number, count: int) -> None:
+        """Keep the inverse of a factor current where that costs no more than to observe the factor.
+
+        By the rows of a small batch; of a small factor by inversion. Otherwise, and on a GPU, where looking
+        whether rows are finite would wait for it, inverses stay as they are until the refresh.
+        """
+        factor, solver = getattr(self, side), getattr(self, f"{side[:-1]}_solver")
+        diagonal = self._diagonal(side)
+        if factor.device.type != "cpu":
+            return
+        if diagonal or factor.shape[-1] <= min(count, _SMALL):
+            solver.copy_(damped_inverse(factor, getattr(self, f"{side[:-1]}_damping"), diagonal))
+        elif rows is not None:
+            follow(solver, rows, per_replica(share, factor))
+
+    def _finite(self, seen: Factors | LowRank) -> Tensor:
+        """Whether both factors of an observation are finite: one answer, or shape (R,).
+
+        They are sums of squares: where one is not finite, neither is its diagonal.
+        """
         first = int(self.stacked)
-        usable = outputs.flatten(first).isfinite().all(-1) & inputs.flatten(first).isfinite().all(-1)
-        for factor, seen in ((self.outputs, outputs), (self.inputs, inputs)):
-            weight = torch.as_tensor(per_replica(share, factor), dtype=factor.dtype, device=factor.device)
-            allowed = usable.view(*usable.shape, *[1] * (factor.dim() - first)) if self.stacked else usable
-            seen = torch.where(allowed, seen, factor)
-            factor.lerp_(seen.to(factor.dtype), weight)
+        if isinstance(seen, LowRank):
+            diagonals = [rows.square().sum(-2) for rows in (seen.d, seen.x)]
+        else:
+            diagonals = [
+                factor if alone else factor.diagonal(dim1=-2, dim2=-1)
+                for factor, alone in zip((seen.outputs, seen.inputs), self.diagonal_sides, strict=True)
+            ]
+        return torch.stack([diagonal.flatten(first).isfinite().all(-1) for diagonal in diagonals]).all(0)
+
+    def _move(self, factor: Tensor, seen: Tensor, share: Number, rows: bool, usable: Tensor) -> bool:
+        """factor ← factor + share·(seen − factor), with seenᵀseen in place of ``seen`` if that is of rows.
+
+        Args:
+            usable: whether to do so, in each replica.
+
+        Returns:
+            Whether it is these rows that were added, for every replica.
+        """
+        full = factor.dim() == self.prior_precision.dim()
+        fine = factor.device.type == "cpu" and bool(usable.all())  # elsewhere to look would be to wait
+        if rows and full and fine and not isinstance(share, Tensor):
+            flat, many = (tensor.view(-1, *tensor.shape[-2:]) for tensor in (factor, seen.contiguous()))
+            torch.baddbmm(flat, many.mT, many, beta=1.0 - share, alpha=share, out=flat)
+            return True
+        if rows:
+            seen = seen.mT @ seen if full else seen.square().sum(-2)
+        if not fine:
+            usable = usable.view(*usable.shape, *[1] * (factor.dim() - usable.dim()))
+            seen = torch.where(usable, seen, factor)
+        weight = torch.as_tensor(per_replica(share, factor), dtype=factor.dtype, device=factor.device)
+        factor.lerp_(seen.to(factor.dtype), weight)
+        return rows and fine
 
     def displacement(
         self,
@@ -155,7 +253,7 @@ class KroneckerPrecision(Precision):
         prior_pull: Number = 1.0,
         low_rank: LowRank | None = None,
     ) -> Tensor:
-        """−φ(G ⊗ A + δ)⁻¹(g + δ(μ − μ_p)), at most ``trust_region`` posterior standard deviations.
+        """−φ(G ⊗ A + δ)⁻¹(g + TP(μ − μ_p)), at most ``trust_region`` posterior standard deviations.
 
         The length of the step is √(Δᵀ S Δ / D) over the D weights: the root mean square of the step along the
         axes, each in units of its own standard deviation; D/2 times its square is the KL divergence between the
@@ -173,20 +271,22 @@ class KroneckerPrecision(Precision):
         temperature, bound, prior_pull = (
             per_replica(value, gradient) for value in (temperature, trust_region, prior_pull)
         )
-        pull = prior_pull * temperature * self.prior_precision * (mean - self.prior_mean)
-        if self.damping == "exact":
+        exact = self.damping == "exact"
+        pull = None
+        if (exact or refreshed) and (isinstance(prior_pull, Tensor) or prior_pull > 0.0):
+            pull = prior_pull * temperature * self._times_prior(mean - self.prior_mean)
+        if exact and pull is not None:
             gradient = gradient + pull
         step = self._apply_solver(gradient) if low_rank is None else self._apply_to_rows(low_rank)
-        length = fraction * (self._mean(step * gradient).clamp(min=0.0) / temperature).sqrt()
+        first = int(self.stacked)
+        power = torch.linalg.vecdot(step.flatten(first), gradient.flatten(first)).clamp(min=0.0)
+        power = power.view(*power.shape, *[1] * (step.dim() - first)) / math.prod(step.shape[first:])
+        length = fraction * (power / temperature).sqrt()
         tiny = torch.finfo(length.dtype).tiny
-        step = step * (-fraction * (bound / length.clamp(min=tiny)).clamp(max=1.0))
-        if refreshed and self.damping == "factored":
-            step = step - fraction * self.refresh_every * self._apply_solver(pull)
+        step = step.mul_(-fraction * (bound / length.clamp(min=tiny)).clamp(max=1.0))
+        if refreshed and not exact and pull is not None:
+            step -= (1.0 - (1.0 - fraction) ** self.refresh_every) * self._apply_solver(pull)
         return step
-
-    def _mean(self, terms: Tensor) -> Tensor:
-        """Mean over a network's weights, shaped to broadcast against them."""
-        return terms.mean(dim=tuple(range(int(self.stacked), terms.dim())), keepdim=True)
 
     def _refresh(self, temperature: Number) -> None:
         self._since_refresh = 0
@@ -194,25 +294,33 @@ class KroneckerPrecision(Precision):
         if self.damping == "exact":
             rows, columns = self._eigen()
             self.solver_spectrum.copy_(rows.values.unsqueeze(-1) * columns.values.unsqueeze(-2) + damping)
-            for solver, side in ((self.output_solver, rows), (self.input_solver, columns)):
-                if side.vectors is not None:
-                    solver.copy_(side.vectors)
+            for solver, axes in ((self.output_solver, rows), (self.input_solver, columns)):
+                if axes.vectors is not None:
+                    solver.copy_(axes.vectors)
             return
-        ratio = (_mean_eigenvalue(self.inputs, self) / _mean_eigenvalue(self.outputs, self)).sqrt()
+        outputs, inputs = self._merged()
+        ratio = (_mean_eigenvalue(inputs, self) / _mean_eigenvalue(outputs, self)).sqrt()
         ratio = torch.where(ratio.isfinite() & (ratio > 0.0), ratio, torch.ones_like(ratio))
         root = damping.sqrt()
-        self.input_solver.copy_(damped_inverse(self.inputs, ratio * root, self._diagonal("inputs")))
-        self.output_solver.copy_(damped_inverse(self.outputs, root / ratio, self._diagonal("outputs")))
+        for side, factor, value in (("input", inputs, ratio * root), ("output", outputs, root / ratio)):
+            damping, solver = getattr(self, f"{side}_damping"), getattr(self, f"{side}_solver")
+            damping.copy_(value)
+            solver.copy_(damped_inverse(factor, damping, self._diagonal(f"{side}s")))
+
+    def keeps(self, count: int) -> bool:
+        """Whether so many rows are kept as they are: while they are fewer than a side that they can follow."""
+        sides = [
+            factor.shape[-1]
+            for factor in (self.outputs, self.inputs)
+            if factor.dim() == self.prior_precision.dim()
+        ]
+        return self.inputs.device.type == "cpu" and any(count < size for size in sides)
 
     def prefers(self, rows: LowRank) -> bool:
-        """Whether a step is cheaper by the rows of a batch than by the gradient.
-
-        On a GPU the products are cheap, and to look whether they may be used would wait for it.
-        """
+        """Whether a step is cheaper by the rows of a batch than by the gradient."""
         count, columns, outputs = rows.x.shape[-2], rows.x.shape[-1], rows.d.shape[-1]
         cheaper = count * (columns**2 + outputs**2 + columns * outputs) < columns * outputs * (columns + outputs)
-        full = not any(self.diagonal_sides)
-        return cheaper and full and self.damping == "factored" and rows.x.device.type == "cpu"
+        return cheaper and not any(self.diagonal_sides) and self.damping == "factored"
 
     def _apply_to_rows(self, rows: LowRank) -> Tensor:
         return (rows.d @ self.output_solver).mT @ (rows.x @ self.input_solver)
@@ -270,35 +378,102 @@ class KroneckerPrecision(Precision):
         check_fraction("fraction", fraction)
         if rows is None and columns is None:
             self.outputs.mul_(1.0 - per_replica(fraction, self.outputs))
-        for factor, side, mask in ((self.outputs, "outputs", rows), (self.inputs, "inputs", columns)):
-            if mask is None:
-                continue
-            keep = torch.where(
-                mask.expand(factor.shape[: factor.dim() - (not self._diagonal(side))]),
-                1.0 - per_replica(fraction, factor[..., 0] if not self._diagonal(side) else factor),
-                torch.ones((), dtype=factor.dtype, device=factor.device),
-            )
-            if not self._diagonal(side):
-                root = keep.sqrt()
-                keep = root.unsqueeze(-1) * root.unsqueeze(-2)
-            factor.mul_(keep)
+        for side, mask in (("outputs", rows), ("inputs", columns)):
+            if mask is not None:
+                self._fade(getattr(self, side), side, mask, fraction)
         self._since_refresh = self.refresh_every
 
+    def _fade(self, factor: Tensor, side: str, mask: Tensor, fraction: Number) -> None:
+        """factor ← D·factor·D with D = √(1 − fraction) where ``mask`` is true, 1 elsewhere."""
+        keep = torch.where(
+            mask.expand(factor.shape[: factor.dim() - (not self._diagonal(side))]),
+            1.0 - per_replica(fraction, factor[..., 0] if not self._diagonal(side) else factor),
+            torch.ones((), dtype=factor.dtype, device=factor.device),
+        )
+        if not self._diagonal(side):
+            root = keep.sqrt()
+            keep = root.unsqueeze(-1) * root.unsqueeze(-2)
+        factor.mul_(keep)
+
     def reset(self, mask: Tensor | None = None) -> None:
-        """G ⊗ A ← 0; with a mask of the mean's shape, in the rows and columns that it covers entirely."""
+        """G ⊗ A ← 0; with a mask of the mean's shape, in the rows and columns that it covers entirely.
+
+        G_p ⊗ A_p ← 0 and μ_p ← μ_0 there as well.
+        """
         if mask is None:
+            self._return_to_origin()
             for factor in (self.inputs, self.outputs):
                 factor.zero_()
             self._since_refresh = self.refresh_every
             return
-        mask = mask.expand(torch.broadcast_shapes(mask.shape, self.prior_mean.shape, self._shape()))
-        self.widen(1.0, rows=mask.all(-1), columns=mask.all(-2))
+        mask = mask.expand(self.shape)
+        rows, columns = mask.all(-1), mask.all(-2)
+        self.widen(1.0, rows=rows, columns=columns)
+        if self.prior_outputs is not None and self.prior_inputs is not None:
+            self._fade(self.prior_outputs, "outputs", rows, 1.0)
+            self._fade(self.prior_inputs, "inputs", columns, 1.0)
+            covered = rows.unsqueeze(-1) | columns.unsqueeze(-2)
+            self.prior_mean.copy_(torch.where(covered, self.origin[0], self.prior_mean))
 
-    def _shape(self) -> torch.Size:
+    # ------------------------------------------------------------------------------------------- the prior
+    def consolidate(self, mean: Tensor, weight: Number = 1.0) -> None:
+        """μ_p ← mean, G_p ⊗ A_p ← weight·(S − 1/σ_p²), G ⊗ A ← 0."""
+        outputs, inputs = self._merged()
+        outputs = outputs / self._of_factor(self.temperature, "outputs")
+        self._centre_prior(mean)
+        self.prior_outputs = per_replica(weight, outputs) * outputs
+        self.prior_inputs = inputs.clone()
+        self.outputs.zero_()
+        self.inputs.zero_()
+        self._since_refresh = self.refresh_every
+
+    def kl(self, mean: Tensor) -> Tensor:
+        """KL divergence from N(mean, S⁻¹) to the prior, in nats: a number, or shape (R,).
+
+        ½ [tr(P S⁻¹) − D + log det S − log det P + (μ − μ_p)ᵀP(μ − μ_p)] over D weights.
+        """
+        if self.prior_outputs is None or self.prior_inputs is None:
+            return super().kl(mean)
+        spectrum, (rows, columns) = self.spectrum(), self._eigen()
+        along_rows, along_columns = rows.project(self.prior_outputs), columns.project(self.prior_inputs)
+        along = along_rows.unsqueeze(-1) * along_columns.unsqueeze(-2) + self.prior_precision
+        own_rows = eigen(self.prior_outputs, self._diagonal("outputs")).values
+        own_columns = eigen(self.prior_inputs, self._diagonal("inputs")).values
+        prior = own_rows.unsqueeze(-1) * own_columns.unsqueeze(-2) + self.prior_precision
+        offset = mean - self.prior_mean
+        shift = offset * self._times_prior(offset)
+        return self._total(0.5 * (along / spectrum - 1.0 + spectrum.log() - prior.log() + shift))
+
+    def _times_prior(self, values: Tensor) -> Tensor:
+        """P applied to a matrix: V/σ_p² + G_p V A_p."""
+        product = self.prior_precision * values
+        if self.prior_outputs is None or self.prior_inputs is None:
+            return product
+        rows, columns = self.diagonal_sides
+        return product + left_product(self.prior_outputs, right_product(values, self.prior_inputs, columns), rows)
+
+    def _merged(self) -> tuple[Tensor, Tensor]:
+        """G and A such that S = (G ⊗ A)/T + 1/σ_p²: the factors, merged with those of a consolidated prior."""
+        if self.prior_outputs is None or self.prior_inputs is None:
+            return self.outputs, self.inputs
+        held = self._of_factor(self.temperature, "outputs") * self.prior_outputs, self.prior_inputs
+        return merged_product((self.outputs, self.inputs), held, self.diagonal_sides)
+
+    def _of_factor(self, number: Tensor, side: str) -> Tensor:
+        """A number of each replica, shaped like the prior's precision, to broadcast against a factor."""
+        return number.squeeze(-1) if self._diagonal(side) else number
+
+    def _return_to_origin(self) -> None:
+        super()._return_to_origin()
+        self.prior_outputs = self.prior_inputs = None
+
+    # ----------------------------------------------------------------------------------------- its factors
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the mean."""
         leading = self.inputs.shape[: self.inputs.dim() - 2 + self._diagonal("inputs")]
         return torch.Size((*leading, self.outputs.shape[-1], self.inputs.shape[-1]))
 
-    # ----------------------------------------------------------------------------------------- its factors
     @property
     def diagonal_sides(self) -> tuple[bool, bool]:
         """Whether G and A are diagonal."""
@@ -309,12 +484,14 @@ class KroneckerPrecision(Precision):
 
     def _eigen(self) -> tuple[Eigen, Eigen]:
         """Eigenvalues and eigenvectors of G and of A, kept until a factor changes."""
-        state = tuple(
-            (factor.data_ptr(), factor._version, factor.shape) for factor in (self.outputs, self.inputs)
-        )
+        tensors = [self.outputs, self.inputs]
+        if self.prior_outputs is not None and self.prior_inputs is not None:
+            tensors += [self.prior_outputs, self.prior_inputs, self.temperature]
+        state = tuple((tensor.data_ptr(), tensor._version, tensor.shape) for tensor in tensors)
         if self._axes is None or self._axes[0] != state:
-            rows = eigen(self.outputs, self._diagonal("outputs"))
-            self._axes = (state, rows, eigen(self.inputs, self._diagonal("inputs")))
+            outputs, inputs = self._merged()
+            rows = eigen(outputs, self._diagonal("outputs"))
+            self._axes = (state, rows, eigen(inputs, self._diagonal("inputs")))
         return self._axes[1:]
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles make the eigenvectors anew

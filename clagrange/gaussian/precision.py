@@ -23,14 +23,21 @@ class Precision(nn.Module, ABC):
     All state is in buffers, so that it is in ``state_dict``; it stays in float32 (float64 in a float64 network)
     when the network goes to half precision. Tensors may have a leading replica dimension.
 
+    The prior is the same in every direction until `consolidate` makes a posterior the next prior. The prior from
+    before the first consolidation, N(μ_0, σ_0²), is kept as the origin: injection draws from it what nothing
+    holds, retained information is measured against it, and weights that are drawn anew return to it (`reset`).
+    The other methods know the present prior only.
+
     Attributes:
         prior_mean: μ_p, broadcasts against the mean.
-        prior_precision: 1/σ_p², of as many dimensions as the mean; the same in every direction.
+        prior_precision: 1/σ_p², of as many dimensions as the mean, broadcasts against it.
         prior_at_start: whether the prior's mean is "initial".
+        origin_mean: μ_0 once consolidated; None before.
     """
 
     prior_mean: Tensor
     prior_precision: Tensor
+    origin_mean: Tensor | None
 
     def __init__(self, mean: Tensor, prior_mean: str, prior_variance: Number, stacked: bool) -> None:
         super().__init__()
@@ -46,11 +53,27 @@ class Precision(nn.Module, ABC):
         self.register_buffer(
             "prior_mean", state.clone() if prior_mean == "initial" else torch.zeros_like(self.prior_precision)
         )
+        self.register_buffer("origin_mean", None)
 
     @property
     def stacked(self) -> bool:
         """Whether the tensors have a leading replica dimension."""
         return self.prior_precision.dim() > self._event_dims
+
+    @property
+    def consolidated(self) -> bool:
+        """Whether the prior is an earlier posterior."""
+        return self.origin_mean is not None
+
+    @property
+    def origin(self) -> tuple[Tensor, Tensor]:
+        """Mean μ_0 and precision 1/σ_0² of the prior before any consolidation."""
+        return (self.prior_mean if self.origin_mean is None else self.origin_mean), self.prior_precision
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """The shape of the mean."""
 
     @abstractmethod
     def observe(self, curvature: Any, decay: Number) -> None:
@@ -91,32 +114,46 @@ class Precision(nn.Module, ABC):
         """The marginal variance of every weight."""
 
     @abstractmethod
+    def consolidate(self, mean: Tensor, weight: Number = 1.0) -> None:
+        """Make N(mean, S⁻¹) the prior, and forget the curvature, which is in it now.
+
+        The prior's precision becomes 1/σ_0² + weight·(S − 1/σ_0²); see `clagrange.consolidate`.
+        """
+
+    @abstractmethod
     def reset(self, mask: Tensor | None = None) -> None:
-        """Return the precision to its prior and forget the curvature, everywhere or where ``mask`` is true."""
+        """Forget the curvature, everywhere or where ``mask`` is true, for weights that are drawn anew.
+
+        The precision returns to the prior's; where the prior was consolidated, that returns to the origin first.
+        """
 
     @abstractmethod
     def widen(self, fraction: Number) -> None:
         """Move the precision the given fraction of the way to the prior's: s ← s + fraction·(1/σ_p² − s)."""
 
     def retained_information(self) -> Tensor:
-        """1 − σ²/σ_p² of every weight, clamped to [0, 1]: 0 where only the prior holds it, 1 where determined."""
-        return (1.0 - self.prior_precision * self.variance()).clamp(0.0, 1.0)
+        """1 − σ²/σ_0² of every weight, clamped to [0, 1]: 0 where nothing was learnt, 1 where determined."""
+        return (1.0 - self.origin[1] * self.variance()).clamp(0.0, 1.0)
 
     def solve(self, gradient: Tensor) -> Tensor:
         """The covariance applied to a gradient: S⁻¹g."""
         return self.from_axes(self.to_axes(gradient) / self.spectrum())
 
     def sample(self, mean: Tensor, generators: Generators | None = None) -> Tensor:
-        """A draw of the parameter from N(mean, S⁻¹)."""
+        """A draw of the parameter from N(mean, S⁻¹): μ + S^{−1/2}ε.
+
+        The root is the symmetric one, which does not depend on the choice of the axes where these are degenerate.
+        """
         spectrum = self.spectrum()
-        noise = randn_like(spectrum, generators)
+        noise = self.to_axes(randn_like(spectrum, generators))
         return (mean + self.from_axes(spectrum.rsqrt() * noise)).to(mean.dtype)
 
     def injected(self, mean: Tensor, strength: Number, widen: Number, generators: Generators | None) -> Tensor:
         """Widen the precision, in place, and return the mean resampled where it is uncertain.
 
-        `widen`; then, along every axis with precision s, `ornstein_uhlenbeck` with the retained information
-        i = 1 − (1/σ_p²)/s, clamped to [0, 1].
+        `widen`; then, along every axis with precision s, `ornstein_uhlenbeck` toward N(μ_0, σ_0²) with the
+        retained information i = 1 − (1/σ_0²)/s, clamped to [0, 1]. What a consolidated prior holds counts as
+        retained.
         """
         check_fraction("strength", strength)
         check_fraction("widen", widen)
@@ -125,15 +162,16 @@ class Precision(nn.Module, ABC):
         if not _any_positive(strength):
             return mean
         spectrum = self.spectrum()
+        origin_mean, origin_precision = self.origin
         drawn = ornstein_uhlenbeck(
-            self.to_axes(mean - self.prior_mean),
+            self.to_axes(mean - origin_mean),
             0.0,
-            self.prior_precision.rsqrt(),
-            (1.0 - self.prior_precision / spectrum).clamp(0.0, 1.0),
+            origin_precision.rsqrt(),
+            (1.0 - origin_precision / spectrum).clamp(0.0, 1.0),
             per_replica(strength, spectrum),
-            randn_like(spectrum, generators),
+            self.to_axes(randn_like(spectrum, generators)),
         )
-        return (self.prior_mean + self.from_axes(drawn)).to(mean.dtype)
+        return (origin_mean + self.from_axes(drawn)).to(mean.dtype)
 
     def entropy(self) -> Tensor:
         """½ log det(2πe S⁻¹), in nats: a number, or shape (R,)."""
@@ -153,6 +191,27 @@ class Precision(nn.Module, ABC):
         self.reset()
         if self.prior_at_start:
             self.prior_mean.copy_(mean)
+
+    def _centre_prior(self, mean: Tensor) -> None:
+        """Move the prior's mean, and keep the origin's."""
+        if self.origin_mean is None:
+            self.origin_mean = self.prior_mean
+        self.prior_mean = mean.detach().to(self.origin_mean.dtype, copy=True)
+
+    def _return_to_origin(self) -> None:
+        """Undo all consolidation of the prior."""
+        if self.origin_mean is not None:
+            self.prior_mean, self.origin_mean = self.origin_mean, None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a consolidated precision has further and larger buffers: take on the form of what is loaded
+        if f"{prefix}prior_mean" in state_dict:
+            consolidated = f"{prefix}origin_mean" in state_dict
+            if consolidated and not self.consolidated:
+                self.consolidate(self.prior_mean.expand(self.shape), 0.0)
+            elif self.consolidated and not consolidated:
+                self._return_to_origin()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _total(self, terms: Tensor) -> Tensor:
         return terms.flatten(1).sum(1) if self.stacked else terms.sum()
@@ -180,8 +239,10 @@ class DiagonalPrecision(Precision):
         precision: s = 1/σ², shape of ``mean``; starts at 1/σ_p².
         curvature: h, the belief over the diagonal curvature of the mean loss per example; starts at 0.
         prior_mean: μ_p, broadcasts against ``mean``.
-        prior_precision: 1/σ_p², broadcasts against ``mean``.
+        prior_precision: 1/σ_p², broadcasts against ``mean``; of its shape once consolidated.
         prior_at_start: whether the prior's mean is "initial".
+        origin_mean: μ_0 once consolidated; None before.
+        origin_precision: 1/σ_0² once consolidated; None before.
 
     Source: Vastola, Gershman, Rajan (2025), Eqs. 15-16 and 143-149, with a Gaussian prior.
 
@@ -192,6 +253,7 @@ class DiagonalPrecision(Precision):
 
     precision: Tensor
     curvature: Tensor
+    origin_precision: Tensor | None
 
     def __init__(
         self,
@@ -205,10 +267,27 @@ class DiagonalPrecision(Precision):
         state = torch.zeros_like(mean, dtype=self.prior_precision.dtype, requires_grad=False)
         self.register_buffer("precision", self.prior_precision.expand_as(state).clone())
         self.register_buffer("curvature", state)
+        self.register_buffer("origin_precision", None)
+
+    @property
+    def origin(self) -> tuple[Tensor, Tensor]:
+        """Mean μ_0 and precision 1/σ_0² of the prior before any consolidation."""
+        mean, precision = super().origin
+        return mean, (precision if self.origin_precision is None else self.origin_precision)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the mean."""
+        return self.precision.shape
 
     def observe(self, curvature: Tensor, decay: Number) -> None:
-        """h ← decay·h + (1 − decay)·ĥ."""
-        self.curvature.lerp_(curvature, 1.0 - per_replica(decay, curvature))
+        """h ← max(decay·h + (1 − decay)·ĥ, 0).
+
+        The bound at 0 is for estimates that can be negative. Where these have mean H and standard deviation e, it
+        raises the belief to about H + bφ(H/b)/Φ(H/b), b = e·√((1 − decay)/2), with the density φ and distribution
+        function Φ of a standard normal number: by 3 % for b = H/2, by 29 % for b = H, to twice H for b = 2H.
+        """
+        self.curvature.lerp_(curvature, 1.0 - per_replica(decay, curvature)).clamp_(min=0.0)
 
     def relax(self, temperature: Number, fraction: Number) -> None:
         """s ← s + fraction·((h + δ)/T − s), with δ = T/σ_p²."""
@@ -259,14 +338,34 @@ class DiagonalPrecision(Precision):
             self.prior_precision.expand_as(self.precision), per_replica(fraction, self.precision)
         )
 
+    def consolidate(self, mean: Tensor, weight: Number = 1.0) -> None:
+        """μ_p ← mean, 1/σ_p² ← 1/σ_0² + weight·(s − 1/σ_0²), s ← 1/σ_p², h ← 0."""
+        _, origin = self.origin
+        learnt = (self.precision - origin).clamp(min=0.0)
+        self._centre_prior(mean)
+        self.origin_precision = origin
+        self.prior_precision = origin + per_replica(weight, learnt) * learnt
+        self.precision.copy_(self.prior_precision)
+        self.curvature.zero_()
+
+    def _return_to_origin(self) -> None:
+        super()._return_to_origin()
+        if self.origin_precision is not None:
+            self.prior_precision, self.origin_precision = self.origin_precision, None
+
     def reset(self, mask: Tensor | None = None) -> None:
-        """s ← 1/σ_p² and h ← 0."""
+        """s ← 1/σ_p² and h ← 0, where a consolidated prior has returned to N(μ_0, σ_0²)."""
         if mask is None:
+            self._return_to_origin()
             self.precision.copy_(self.prior_precision.expand_as(self.precision))
             self.curvature.zero_()
-        else:
-            self.precision.copy_(torch.where(mask, self.prior_precision, self.precision))
-            self.curvature.masked_fill_(mask, 0.0)
+            return
+        if self.consolidated:
+            mean, precision = self.origin
+            self.prior_mean.copy_(torch.where(mask, mean, self.prior_mean))
+            self.prior_precision.copy_(torch.where(mask, precision, self.prior_precision))
+        self.precision.copy_(torch.where(mask, self.prior_precision, self.precision))
+        self.curvature.masked_fill_(mask, 0.0)
 
 
 def _any_positive(value: Number) -> bool:

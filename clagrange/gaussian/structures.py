@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from clagrange._checks import Number, check_choice, check_count
-from clagrange.gaussian.curvature import FactorObserver, Observer
+from clagrange.gaussian.curvature import FactorObserver, Observer, PerExampleObserver, VarianceObserver
 from clagrange.gaussian.kronecker import KroneckerPrecision
 from clagrange.gaussian.precision import DiagonalPrecision, Precision
+from clagrange.gaussian.sampling import MODES
 
 
 class Structure(ABC):
@@ -16,6 +17,10 @@ class Structure(ABC):
 
     joint: bool
     """Whether weight and bias share one precision."""
+    sampling: str
+    """What layers are at in training, see `clagrange.gaussian.set_sampling`."""
+    antithetic: bool
+    """Whether draws come in pairs of opposite noise."""
 
     @abstractmethod
     def precision(
@@ -24,21 +29,68 @@ class Structure(ABC):
         """The precision of a mean at its prior; ``one_hot`` where the inputs of a weight are one-hot."""
 
     def observer(self, precision: Precision, bias: bool) -> Observer | None:
-        """What looks at the backward passes of a pair of weight and bias; None where gradients are enough."""
+        """What looks at the backward passes of a precision's parameters; None where gradients are enough.
+
+        Args:
+            precision: theirs.
+            bias: whether it is that of a weight and its bias.
+        """
         return None
 
 
 @dataclass(frozen=True)
 class Diagonal(Structure):
-    """A `DiagonalPrecision` for every parameter."""
+    """A `DiagonalPrecision` for every parameter.
 
+    Args:
+        curvature: how the diagonal curvature of the mean loss per example is estimated.
+            "squared_gradient": n g² with the gradient g of a batch of n. Costs nothing, needs nothing of a layer,
+            and exceeds the next by (n − 1)·(mean gradient)².
+            "per_example": the mean of the squared gradients of single examples (`PerExampleObserver`).
+            "sampled": 2 ∂⟨L⟩/∂σ² over drawn weights (`VarianceObserver`), which needs ``sampling``. It makes no
+            Gauss-Newton approximation, and is noisier by far, most with a draw for every batch. Where the noise
+            is more than a belief averages out, precisions come out too high (`DiagonalPrecision.observe`); a
+            memory of 1,000 steps, ``curvature_decay`` .999, is a good start.
+        sampling: what layers are at in training: "mean", or a draw for every "batch" or "example"; see
+            `clagrange.gaussian.set_sampling`, which also takes a generator.
+        antithetic: give every second pass the negative of the noise of the one before it.
+
+    Raises:
+        ValueError: for an unknown word, or "sampled" without draws.
+
+    Example:
+        >>> net = clagrange.gaussianize(nn.Linear(8, 4), precision=Diagonal("sampled", sampling="example"))
+        >>> net.sampler
+        WeightSampler(mode='example', antithetic=False)
+    """
+
+    curvature: str = "squared_gradient"
+    sampling: str = "mean"
+    antithetic: bool = False
     joint = False
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_choice("curvature", self.curvature, ("squared_gradient", "per_example", "sampled"))
+        check_choice("sampling", self.sampling, MODES)
+        if self.curvature == "sampled" and self.sampling == "mean":
+            raise ValueError(
+                "sampling: curvature='sampled' reads the curvature off draws of the weights; expected 'batch' or "
+                "'example', got 'mean'"
+            )
 
     def precision(
         self, mean: Tensor, *, prior_mean: str, prior_variance: Number, stacked: bool, one_hot: bool
     ) -> Precision:
         """A diagonal precision."""
         return DiagonalPrecision(mean, prior_mean=prior_mean, prior_variance=prior_variance, stacked=stacked)
+
+    def observer(self, precision: Precision, bias: bool) -> Observer | None:
+        """The observer of an estimate that needs more than the gradient."""
+        assert isinstance(precision, DiagonalPrecision)
+        if self.curvature == "squared_gradient":
+            return None
+        return (PerExampleObserver if self.curvature == "per_example" else VarianceObserver)(precision)
 
 
 @dataclass(frozen=True)
@@ -51,6 +103,9 @@ class Kronecker(Structure):
         refresh_every: steps between inversions of the factors.
         widest: of a side wider than this only the diagonal of its factor is kept; a full factor of n inputs takes
             2·n² numbers and n³ operations to invert.
+        sampling: what layers are at in training: "mean", or a draw for every "batch". A draw takes the
+            eigenvectors of both factors, anew whenever these have changed: set ``observe_every`` to 10, say.
+        antithetic: give every second pass the negative of the noise of the one before it.
 
     Example:
         >>> net = clagrange.gaussianize(nn.Linear(8, 4), precision=Kronecker(refresh_every=20))
@@ -62,6 +117,8 @@ class Kronecker(Structure):
     observe_every: int = 1
     refresh_every: int = 10
     widest: int = 4096
+    sampling: str = "mean"
+    antithetic: bool = False
     joint = True
 
     def __post_init__(self) -> None:
@@ -69,6 +126,7 @@ class Kronecker(Structure):
         check_choice("damping", self.damping, ("factored", "exact"))
         for name in ("observe_every", "refresh_every", "widest"):
             check_count(name, getattr(self, name))
+        check_choice("sampling", self.sampling, ("mean", "batch"))
 
     def precision(
         self, mean: Tensor, *, prior_mean: str, prior_variance: Number, stacked: bool, one_hot: bool

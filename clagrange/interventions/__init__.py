@@ -1,6 +1,7 @@
 """Changes of a network outside the gradient step, one method a file."""
 
 from clagrange.interventions.base import Intervention
+from clagrange.interventions.consolidation import Consolidation
 from clagrange.interventions.continual_backprop import ContinualBackprop
 from clagrange.interventions.full_reset import FullReset
 from clagrange.interventions.input_normalization import InputNormalization
@@ -9,6 +10,7 @@ from clagrange.interventions.shrink_and_perturb import ShrinkAndPerturb
 from clagrange.interventions.variance_injection import VarianceInjection
 
 __all__ = [
+    "Consolidation",
     "ContinualBackprop",
     "FullReset",
     "InputNormalization",

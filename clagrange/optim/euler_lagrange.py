@@ -1,36 +1,19 @@
 """The Euler-Lagrange rule for Gaussian weights as a torch optimizer."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from clagrange._checks import (
-    Number,
-    check_choice,
-    check_fraction,
-    check_number,
-    check_positive,
-    check_replicas,
-)
-from clagrange.distributed import process_count
+from clagrange._checks import Number, check_choice, check_fraction, check_number, check_positive
 from clagrange.dynamics.beliefs import Belief, as_belief, as_numbers
-from clagrange.gaussian import GaussianBlock, GaussianLayer, Precision, owner_of
-from clagrange.gaussian.curvature import FactorObserver
-from clagrange.gaussian.kronecker import LowRank
 from clagrange.optim.euler_lagrange_step import Block, step_blocks
-from clagrange.optim.stacked import adam_step, restore_state
-
-_NO_GAUSSIAN = (
-    "params: expected at least one Gaussian parameter, got none; call clagrange.gaussianize(net) first, and "
-    "copy or unpickle an optimizer together with its network"
-)
+from clagrange.optim.gaussian import GaussianOptimizer
 
 
-class EulerLagrange(Optimizer):
+class EulerLagrange(GaussianOptimizer):
     """Mean and variance of Gaussian weights along the Euler-Lagrange flow of the learning objective.
 
     The objective is the discounted action with kinetic term under the Fisher metric, potential k⟨L⟩ and, in
@@ -46,7 +29,7 @@ class EulerLagrange(Optimizer):
     loss stops holding a weight, h decays and the variance returns to the prior's.
 
     The state of a Gaussian parameter lives in its layer, so that it survives a new optimizer. Parameters that
-    are not Gaussian (of normalisation or embedding layers) take an Adam step with ``deterministic_lr``, which
+    are not Gaussian (such as those of normalisations) take an Adam step with ``deterministic_lr``, which
     is the rule of the same theory for weights without variance (Eq. 14).
 
     Under torch.distributed the examples of all processes count, and gradients are taken to be averages over
@@ -65,7 +48,9 @@ class EulerLagrange(Optimizer):
             with noise, which gives β = e^{−λ_κ} at the discount, and h ← βh + (1 − β)·(s²/r²)/κ²·n g². A mapping
             of its three numbers serves too, for files. Needs a finite discount.
         trust_region: bound on the step of each mean, in units of its posterior standard deviation; infinite
-            for none.
+            for none. Of a Kronecker precision it bounds the root mean square over the layer.
+        prior_pull: share in [0, 1] of the prior's force δ(μ − μ_p) that acts on the mean; the prior's part in the
+            precision stays. With sampled injection 0 to .1 has worked better than the whole.
         motion: let variance rise because the mean moves, the force −μ'² of Eq. 16. With u the average of the
             steps of the mean, with the memory of the curvature, s ← s_p + (s − s_p)·exp(−u²s/(γ + 3λ_τ)) after
             each step (see `clagrange.optim.motion`, also for what it is worth). Costs one more tensor per weight
@@ -76,8 +61,10 @@ class EulerLagrange(Optimizer):
         loss_reduction: how the loss averages: "mean" over examples, "sum" over examples, or "position_mean"
             over examples and further leading dimensions such as tokens.
         maximize: ascend instead of descend.
-        foreach: use torch's multi-tensor kernels. None: where precisions are diagonal and every number of the
-            group is a plain one.
+        foreach: use torch's multi-tensor kernels for diagonal precisions. None: where every number of the group
+            is a plain one.
+        compiled: make one loop of the step of large diagonal parameters by torch.compile. None: on a CPU from a
+            million weights on, where it repays the seconds that it takes; see `clagrange.optim.diagonal_step`.
 
     Every number may be a tensor of shape (R,) for a stacked network; torch's schedulers take plain numbers only.
 
@@ -114,6 +101,7 @@ class EulerLagrange(Optimizer):
         loss_reduction: str = "mean",
         maximize: bool = False,
         foreach: bool | None = None,
+        compiled: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -128,103 +116,16 @@ class EulerLagrange(Optimizer):
             "loss_reduction": loss_reduction,
             "maximize": maximize,
             "foreach": foreach,
+            "compiled": compiled,
         }
-        super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, defaults)
-        self._require_gaussian()
+        super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with its settings checked."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check(self, group: dict[str, Any]) -> None:
         group["curvature_decay"] = as_numbers(group["curvature_decay"])
-        try:
-            _check_settings(group)
-        except Exception:
-            self.param_groups.pop()
-            raise
+        _check_settings(group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, giving settings that an older version did not have their default."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-
-    def _require_gaussian(self) -> None:
-        if not any(owner_of(p) is not None for group in self.param_groups for p in group["params"]):
-            raise ValueError(_NO_GAUSSIAN)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; a closure is evaluated first and its value returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        used: dict[int, GaussianLayer] = {}
-        found = False
-        for group in self.param_groups:
-            blocks: dict[Precision, Block] = {}
-            for parameter in group["params"]:
-                owner = owner_of(parameter)
-                found = found or owner is not None
-                if parameter.grad is None:
-                    continue
-                if owner is None:
-                    gradient = -parameter.grad if group["maximize"] else parameter.grad
-                    adam_step(
-                        parameter,
-                        gradient,
-                        self.state[parameter],
-                        lr=group["deterministic_lr"],
-                        betas=(0.9, 0.999),
-                        eps=1e-8,
-                    )
-                    continue
-                layer, name = owner
-                used[id(layer)] = layer
-                gaussian = layer.block_of(name)
-                if gaussian.precision not in blocks:
-                    blocks[gaussian.precision] = self._block(gaussian, group)
-            if blocks:
-                step_blocks(list(blocks.values()), group)
-        if not found:
-            raise RuntimeError(_NO_GAUSSIAN)
-        for layer in used.values():
-            layer.clear_examples()
-        return loss
-
-    def _block(self, gaussian: GaussianBlock, group: dict[str, Any]) -> Block:
-        """What a step needs of a block, in units of the mean loss per example."""
-        layer, names, _ = gaussian
-        reduction = group["loss_reduction"]
-        examples = layer.positions if reduction == "position_mean" else layer.examples
-        if examples == 0:
-            shape = tuple(layer.get_parameter(names[0]).shape)
-            raise RuntimeError(
-                f"parameter {names[0]!r} of a {type(layer).__name__} of shape {shape} has a gradient, but the "
-                f"layer saw no example since the last step; run forward and backward through the layer, or set "
-                f"layer.examples"
-            )
-        gradients = [torch.zeros_like(mean) if mean.grad is None else mean.grad for mean in gaussian.means]
-        gradient = gaussian.joint(gradients)
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        if reduction == "sum":
-            gradient = gradient / examples
-        observer = layer.observation_of(names[0])
-        unit = 1.0 / examples if reduction == "sum" else 1.0
-        curvature = None if observer is None else observer.curvature(gradient, examples, unit)
-        low_rank = observer.low_rank(gradient) if isinstance(observer, FactorObserver) else None
-        if group["maximize"]:
-            gradient = -gradient
-            low_rank = None if low_rank is None else LowRank(low_rank.x, -low_rank.d)
-        state = self.state[gaussian.means[0]] if group["motion"] else {}
-        return Block(gaussian, gradient, low_rank, curvature, examples * process_count(), state)
+    def _step_blocks(self, blocks: list[Block], group: dict[str, Any]) -> None:
+        step_blocks(blocks, group)
 
 
 def _check_settings(group: dict[str, Any]) -> None:
@@ -250,14 +151,7 @@ def _check_settings(group: dict[str, Any]) -> None:
         )
     check_number("trust_region", group["trust_region"], low=0.0, open_low=True)
     check_fraction("prior_pull", group["prior_pull"])
-    check_fraction("deterministic_lr", group["deterministic_lr"])
-    check_choice("loss_reduction", group["loss_reduction"], ("mean", "sum", "position_mean"))
     check_choice("foreach", group["foreach"], (None, True, False))
+    check_choice("compiled", group["compiled"], (None, True, False))
     if group["foreach"] and any(isinstance(value, torch.Tensor) for value in group.values()):
         raise ValueError("foreach: expected None or False where a number is a tensor of shape (R,), got True")
-    for parameter in group["params"]:
-        owner = owner_of(parameter)
-        if owner is not None:
-            replicas = parameter.shape[0] if owner[0].stacked else None
-            for name, value in {**group, **(vars(belief) if isinstance(belief, Belief) else {})}.items():
-                check_replicas(name, value, replicas)

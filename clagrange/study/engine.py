@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clagrange._modes import evaluating
 from clagrange.interventions import Intervention
 from clagrange.metrics import dead_units, effective_rank, mean_variance, weight_magnitude
 from clagrange.networks import cross_entropy, mlp
@@ -29,6 +30,10 @@ class Run:
     Replica r sees the stream of seed r, starts from the weights of seed r, and has random streams of its own,
     so that every method meets the same data in the same order from the same start, and each replica's numbers
     are those of a run alone.
+
+    Accuracy and loss are those of each batch before the step on it. Where a method trains with drawn weights
+    (`Method.samples_weights`) they are measured at the means, by a forward pass of their own, which as evaluation
+    does not count in ``seconds``.
 
     Args:
         method: the method; its numbers may be tensors of shape (R,).
@@ -54,7 +59,8 @@ class Run:
         seeds = [stream.seed for stream in streams]
         networks = [mlp(inputs, hidden, first.classes, seed=seed) for seed in seeds]
         self.network = stack(networks).to(self.device, dtype)
-        method.prepare(self.network)
+        method.prepare(self.network, seeds)
+        self.samples_weights = method.samples_weights
         self.optimizer = method.optimizer(self.network)
         self.interventions: list[Intervention] = method.interventions(seeds)
         self.dtype = dtype
@@ -98,6 +104,7 @@ class Run:
 
     def _step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """One training step; hits and mean loss of each replica before it."""
+        at_mean = self._logits_at_mean(inputs) if self.samples_weights else None
         self.optimizer.zero_grad()
         logits = self.network(inputs)
         losses = cross_entropy(logits, targets, reduction="none")
@@ -108,9 +115,19 @@ class Run:
         for intervention in self.interventions:
             intervention.on_step(self.network, self.optimizer)
         losses = losses.detach()
+        if at_mean is not None:
+            logits, losses = at_mean, cross_entropy(at_mean, targets, reduction="none")
         # a prediction that is not finite is wrong
         hits = (logits.detach().argmax(-1) == targets) & losses.isfinite()
         return hits.sum(1), losses.mean(1)
+
+    def _logits_at_mean(self, inputs: Tensor) -> Tensor:
+        """What the network answers in evaluation, off the clock."""
+        started = time.perf_counter()
+        with torch.no_grad(), evaluating(self.network):
+            logits: Tensor = self.network(inputs)
+        self.seconds -= time.perf_counter() - started
+        return logits
 
     def _epoch(self, tasks: Sequence[Task], number: int, epoch: int) -> tuple[Tensor, Tensor]:
         """All batches of an epoch: inputs (steps, R, batch, ...), targets (steps, R, batch)."""

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clagrange import interventions
+from clagrange import interventions, optim
 from clagrange._checks import Number, check_choice
-from clagrange.gaussian import gaussianize
+from clagrange.gaussian import Diagonal, Kronecker, gaussianize, set_sampling
 from clagrange.interventions import Intervention
 from clagrange.optim import EulerLagrange as EulerLagrangeOptimizer
-from clagrange.optim import StackedAdam, StackedSGD
+from clagrange.optim import StackedAdam, StackedMuon, StackedSGD
+from clagrange.replicas import generators_from_seeds, replicas_of
+from clagrange.study import ivon
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,15 @@ class Method(ABC):
 
     Attributes:
         source: where the method was published.
+        samples_weights: whether the network computes with drawn weights in training; its predictions are then
+            those of an evaluation, at the mean.
     """
 
     source: ClassVar[str]
+    samples_weights: ClassVar[bool] = False
 
-    def prepare(self, network: nn.Module) -> None:  # noqa: B027
-        """Change the fresh network in place, such as by making it Gaussian."""
+    def prepare(self, network: nn.Module, seeds: int | Sequence[int]) -> None:  # noqa: B027
+        """Change the fresh network in place, such as by making it Gaussian, with the seeds of the replicas."""
 
     @abstractmethod
     def optimizer(self, network: nn.Module) -> Optimizer:
@@ -118,6 +123,35 @@ class AdamL2(Method):
     def optimizer(self, network: nn.Module) -> Optimizer:
         """torch's Adam with weight decay."""
         return _adam(network, self.lr, self.l2)
+
+
+@dataclass(frozen=True)
+class Muon(Method):
+    """Muon: gradients of the weights of a layer made nearly orthogonal; AdamW on biases.
+
+    Args:
+        lr: learning rate of weights.
+        weight_decay: decoupled, in units of the learning rates.
+        momentum: decay of the average of the gradients.
+        adamw_lr: learning rate of biases.
+    """
+
+    source = "Jordan et al. (2024)"
+    lr: float = 0.01
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    adamw_lr: float = 3e-3
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """Muon beside AdamW."""
+        return StackedMuon(
+            network.parameters(),
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            adamw_lr=self.adamw_lr,
+            stacked=replicas_of(network) is not None,
+        )
 
 
 @dataclass(frozen=True)
@@ -243,6 +277,110 @@ class FreshNetwork(Method):
 
 
 @dataclass(frozen=True)
+class IVON(Method):
+    """Improved variational online Newton: a variance for every weight, learnt with drawn weights.
+
+    Needs the package ivon-opt: ``pip install 'clagrange[ivon]'``. Each replica is an optimizer of its own.
+
+    Args:
+        lr: learning rate.
+        ess: effective sample size, the examples that the posterior is of.
+        hess_init: the diagonal Hessian to start with.
+        beta1: decay of the average of the gradients.
+        beta2: decay of the average of the Hessian.
+        weight_decay: precision of the prior, divided by ess.
+    """
+
+    source = "Shen et al. (2024)"
+    samples_weights = True
+    lr: float = 0.1
+    ess: float = 1e4
+    hess_init: float = 0.5
+    beta1: float = 0.9
+    beta2: float = 0.9999
+    weight_decay: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Say at once where the package is missing."""
+        ivon.installed_package()
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The package's optimizer."""
+        return ivon.IVON(
+            network.parameters(),
+            replicas=replicas_of(network),
+            lr=self.lr,
+            ess=self.ess,
+            hess_init=self.hess_init,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay,
+        )
+
+    def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
+        """The drawing of the weights."""
+        return [ivon.IVONSampling(seeds)]
+
+
+def _draw_weights(network: nn.Module, prior_variance: Number, seeds: int | Sequence[int]) -> None:
+    """Make a network Gaussian, with a draw of its weights for every batch."""
+    gaussianize(network, Diagonal("sampled", sampling="batch"), prior_variance=prior_variance)
+    set_sampling(network, "batch", generators_from_seeds(seeds))
+
+
+@dataclass(frozen=True)
+class MESU(Method):
+    """Metaplasticity from synaptic uncertainty: drawn weights, and a memory of so many examples.
+
+    Args:
+        lr: scale of the steps of mean and width.
+        memory: examples after which the past is forgotten.
+        prior_variance: of the weights, in units of the initialisation variance.
+        trust_region: bound on the steps of mean and width, in posterior standard deviations.
+    """
+
+    source = "Bonnet et al. (2025)"
+    samples_weights = True
+    lr: float = 10.0
+    memory: float = 1e5
+    prior_variance: float = 0.1
+    trust_region: float = 0.3
+
+    def prepare(self, network: nn.Module, seeds: int | Sequence[int]) -> None:
+        """Make the network Gaussian."""
+        _draw_weights(network, self.prior_variance, seeds)
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The MESU optimizer."""
+        return optim.MESU(network, lr=self.lr, memory=self.memory, trust_region=self.trust_region)
+
+
+@dataclass(frozen=True)
+class BGD(Method):
+    """Bayesian gradient descent: drawn weights, whose posterior is the prior of the next batch.
+
+    Args:
+        lr: scale of the step of the mean.
+        prior_variance: the first variance, in units of the initialisation variance.
+        trust_region: bound on the steps of mean and width, in posterior standard deviations; as published: none.
+    """
+
+    source = "Zeno et al. (2018)"
+    samples_weights = True
+    lr: float = 10.0
+    prior_variance: float = 0.1
+    trust_region: float = 0.3
+
+    def prepare(self, network: nn.Module, seeds: int | Sequence[int]) -> None:
+        """Make the network Gaussian."""
+        _draw_weights(network, self.prior_variance, seeds)
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The BGD optimizer."""
+        return optim.BGD(network, lr=self.lr, trust_region=self.trust_region)
+
+
+@dataclass(frozen=True)
 class EulerLagrange(Method):
     """Gaussian weights along the Euler-Lagrange flow, not told of switches.
 
@@ -265,7 +403,7 @@ class EulerLagrange(Method):
     trust_region: float = 0.3
     discount: float = math.inf
 
-    def prepare(self, network: nn.Module) -> None:
+    def prepare(self, network: nn.Module, seeds: int | Sequence[int]) -> None:
         """Make the network Gaussian."""
         gaussianize(network, prior_variance=self.prior_variance)
 
@@ -299,6 +437,73 @@ class EulerLagrangeInjection(EulerLagrange):
         return [interventions.VarianceInjection(self.strength, self.widen, seed=seeds)]
 
 
+@dataclass(frozen=True)
+class EulerLagrangeKronecker(Method):
+    """Matrix-Gaussian weights along the Euler-Lagrange flow, not told of switches.
+
+    Args:
+        lr: fraction of the way to equilibrium covered in one step.
+        temperature: T = τ/k; about one over the examples of a task.
+        prior_variance: of the weights, in units of the initialisation variance.
+        variance_rate: fraction by which the factors relax in one step; null ties it to lr.
+        trust_region: bound on a step of a layer, in posterior standard deviations (root mean square).
+        prior_pull: share of the prior's force that acts on the mean.
+        discount: γ per step.
+        damping: "factored" or "exact".
+        observe_every: steps between observations of the factors.
+        refresh_every: steps between inversions of the factors.
+    """
+
+    source = "Vastola, Gershman, Rajan (2025), section 6, with the factors of Martens and Grosse (2015)"
+    lr: float = 6e-3
+    temperature: float = 3e-4
+    prior_variance: float = 1.0
+    variance_rate: float | None = 1e-2
+    trust_region: float = 0.1
+    prior_pull: float = 0.1
+    discount: float = math.inf
+    damping: str = "factored"
+    observe_every: int = 1
+    refresh_every: int = 20
+
+    def prepare(self, network: nn.Module, seeds: int | Sequence[int]) -> None:
+        """Make the network Gaussian."""
+        structure = Kronecker(
+            damping=self.damping, observe_every=self.observe_every, refresh_every=self.refresh_every
+        )
+        gaussianize(network, precision=structure, prior_variance=self.prior_variance)
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The Euler-Lagrange optimizer."""
+        return EulerLagrangeOptimizer(
+            network,
+            lr=self.lr,
+            temperature=self.temperature,
+            discount=self.discount,
+            variance_rate=self.variance_rate,
+            trust_region=self.trust_region,
+            prior_pull=self.prior_pull,
+        )
+
+
+@dataclass(frozen=True)
+class EulerLagrangeKroneckerInjection(EulerLagrangeKronecker):
+    """Matrix-Gaussian weights along the Euler-Lagrange flow, with variance injected at every switch.
+
+    Args:
+        strength: of the sampled injection, in [0, 1].
+        widen: fraction by which precisions move to the prior's at a switch.
+    """
+
+    prior_pull: float = 0.0
+    strength: float = 0.3
+    widen: float = 0.0
+
+    def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
+        """Variance injection."""
+        return [interventions.VarianceInjection(self.strength, self.widen, seed=seeds)]
+
+
 def snake_case(name: str) -> str:
     """The name of a class as study files write it.
 
@@ -315,13 +520,19 @@ METHODS: dict[str, type[Method]] = {
         SGD,
         Adam,
         AdamL2,
+        Muon,
         AdamInputNormalization,
         ShrinkAndPerturb,
         L2Init,
         ContinualBackprop,
         FreshNetwork,
+        IVON,
+        MESU,
+        BGD,
         EulerLagrange,
         EulerLagrangeInjection,
+        EulerLagrangeKronecker,
+        EulerLagrangeKroneckerInjection,
     )
 }
 """The methods that a study file can name."""

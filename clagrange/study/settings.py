@@ -304,7 +304,7 @@ def construct(registry: Mapping[str, type[T]], kind: Any, values: Mapping[str, A
     except ArgumentError as error:
         message = " ".join(str(error).replace("it.", "").split())
         raise SettingsError(f"{where}: {message}") from error
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, ImportError) as error:
         raise SettingsError(f"{where}: {error}") from error
     for key in values:
         value = getattr(made, key, None)

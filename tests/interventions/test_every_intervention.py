@@ -36,6 +36,8 @@ class Case:
 
 
 CASES = [
+    Case("Consolidation", {}, {"weight": tensor(1.0, 0.0, 0.5)}, seeded=False, gaussian_only=True, told=True),
+    Case("Consolidation", {"every": 4}, {"weight": tensor(0.5, 1.0, 0.0)}, seeded=False, gaussian_only=True),
     Case(
         "ContinualBackprop",
         {"maturity": 3, "utility": "adaptable_contribution", "decay": 0.9},
@@ -60,7 +62,9 @@ CASES = [
     ),
 ]
 
-each = pytest.mark.parametrize("case", CASES, ids=[case.name + case.settings.get("every", "") for case in CASES])
+each = pytest.mark.parametrize(
+    "case", CASES, ids=[f"{case.name}{case.settings.get('every', '')}" for case in CASES]
+)
 each_kind = pytest.mark.parametrize(
     ("case", "kind"),
     [
@@ -280,6 +284,10 @@ def test_the_table_covers_every_intervention() -> None:
         ("ContinualBackprop", {"utility": "contributoin"}, ValueError, r"utility: .*did you mean 'contribution'"),
         ("ContinualBackprop", {"decay": 1.0}, ValueError, r"decay: expected a number in \[0, 1\), got 1"),
         ("ContinualBackprop", {"gain": -1.0}, ValueError, r"gain: "),
+        ("Consolidation", {"weight": -1.0}, ValueError, r"weight: expected a number in \[0, inf\), got -1"),
+        ("Consolidation", {"weight": "all"}, TypeError, r"weight: expected a number"),
+        ("Consolidation", {"every": 0}, ValueError, r"every: expected a whole number of at least 1, got 0"),
+        ("Consolidation", {"every": "switch"}, TypeError, r"every: expected a whole number"),
         ("InputNormalization", {"eps": 0.0}, ValueError, r"eps: "),
         ("L2Init", {"strength": -1.0}, ValueError, r"strength: "),
         ("ShrinkAndPerturb", {"shrink": 2.0}, ValueError, r"shrink: expected a number in \[0, 1\], got 2"),

@@ -18,8 +18,11 @@ from avalanche_runs import continual_backprop, euler_lagrange
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from clagrange.gaussian import GaussianLinear
+import clagrange
+from clagrange import gaussianize, variances
+from clagrange.gaussian import GaussianLinear, Kronecker, KroneckerPrecision
 from clagrange.strategies import EulerLagrange
+from clagrange.strategies.heads import layers_of, make_new_layers_gaussian
 from clagrange.tasks.digits import digits
 
 
@@ -57,7 +60,7 @@ class Heads(SupervisedPlugin):  # type: ignore[misc]
 
     def _state(self, strategy: Any) -> dict[str, torch.Tensor]:
         state = strategy.model.get_submodule(self.name).state_dict()
-        return {name: value.clone() for name, value in state.items()}
+        return {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         self.starts.append(self._state(strategy))
@@ -116,6 +119,106 @@ def test_a_growing_head_stays_gaussian_and_keeps_its_precision(prior_mean: str) 
                 assert not prior_mean_now.any()
         assert not torch.equal(start["weight_precision.precision"][:old], end["weight_precision.prior_precision"])
     check_names(strategy)
+
+
+def test_a_growing_head_with_a_kronecker_precision_keeps_the_rows_of_its_units() -> None:
+    heads = Heads("head.classifier")
+    strategy = euler_lagrange(Growing(), plugins=[heads], strength=None, precision="kronecker", temperature=1e-2)
+    strategy.train(digit_pairs().train_stream)
+    for start, end in zip(heads.starts[1:], heads.ends[:-1], strict=True):
+        old = len(end["weight"])
+        now, before = (state["weight_precision.outputs"] for state in (start, end))
+        assert before.any()
+        assert torch.equal(now[:old, :old], before)
+        assert not now[old:].any()
+        assert not now[:, old:].any()
+        assert torch.equal(start["weight_precision.inputs"], end["weight_precision.inputs"])
+    final = strategy.model.head.classifier
+    assert isinstance(final.weight_precision, KroneckerPrecision)
+    assert final.weight_precision.outputs.diagonal().all()
+    check_names(strategy)
+
+
+class Headed(nn.Module):
+    """A Gaussian network some steps away from its prior, whose head can be replaced."""
+
+    def __init__(self, precision: Any, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+        gaussianize(self, precision, **settings)
+        self.train_a_little()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(inputs).relu())
+
+    def train_a_little(self) -> None:
+        optimizer = clagrange.optim.EulerLagrange(self, lr=0.05, temperature=1e-2)
+        for _ in range(5):
+            optimizer.zero_grad()
+            self(torch.randn(8, 5)).sin().sum(1).mean().backward()
+            optimizer.step()
+
+    def grow(self, units: int, **settings: Any) -> GaussianLinear:
+        """Put a larger head, with the same first units, in the place of the head; return the old one."""
+        before, old = layers_of(self), self.head
+        self.head = nn.Linear(4, units)
+        with torch.no_grad():
+            for new, known in ((self.head.weight, old.weight), (self.head.bias, old.bias)):
+                new[: len(known)] = known
+        asked = {"precision": "diagonal", "prior_mean": "zero", "prior_variance": 1.0, "layers": None}
+        make_new_layers_gaussian(self, before, {**asked, **settings})
+        return old
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+@pytest.mark.parametrize("prior_mean", ["zero", "initial"])
+@pytest.mark.parametrize("precision", ["diagonal", "kronecker", Kronecker("exact"), Kronecker(widest=2)])
+@pytest.mark.filterwarnings("ignore:layer .* so that only the diagonal:UserWarning")
+def test_what_a_grown_layer_takes_over(precision: Any, prior_mean: str, consolidated: bool) -> None:
+    net = Headed(precision, prior_mean=prior_mean, prior_variance=0.5)
+    if consolidated:
+        clagrange.consolidate(net)
+        net.train_a_little()
+    old = net.grow(5)
+    (block, *_), (known, *_) = net.head.blocks(), old.blocks()
+    assert block.precision.consolidated == consolidated
+    torch.testing.assert_close(variances(net.head)["weight"][:3], variances(old)["weight"])
+    torch.testing.assert_close(variances(net.head)["weight"][3:], torch.full((2, 4), 0.5 * 2 / 4))
+    gap = block.joint_mean() - block.precision.prior_mean
+    known_gap = known.joint_mean() - known.precision.prior_mean
+    torch.testing.assert_close(gap[:3], known_gap)
+    assert gap[3:].any() == (prior_mean == "zero")  # a prior around the start has the new units' there
+    net.train_a_little()
+    assert all(value.isfinite().all() for value in variances(net).values())
+
+
+def test_a_factor_that_grows_wider_than_the_widest_keeps_its_diagonal() -> None:
+    net = Headed(Kronecker(widest=6))
+    with pytest.warns(UserWarning, match="its weight has 7 outputs"):
+        old = net.grow(7)
+    assert torch.equal(net.head.weight_precision.outputs[:3], old.weight_precision.outputs.diagonal())
+    net.train_a_little()
+
+
+def test_a_grown_layer_goes_on_with_its_draws() -> None:
+    net = Headed("diagonal")
+    clagrange.gaussian.set_sampling(net, "batch", torch.Generator().manual_seed(0))
+    sampler = net.head.sampler
+    net.grow(5)
+    assert net.head.sampler is sampler
+    net.train_a_little()
+
+
+def test_a_layer_that_was_made_deterministic_is_kept_so_by_later_entries_too() -> None:
+    net = Headed("diagonal", layers={"head": None})
+    net.extra = nn.Linear(2, 2)
+    before = layers_of(net)
+    del before["extra"]
+    settings = {"precision": "diagonal", "prior_mean": "zero", "prior_variance": 1.0}
+    make_new_layers_gaussian(net, before, {**settings, "layers": {"head": None, nn.Linear: {}}})
+    assert type(net.head) is nn.Linear
+    assert isinstance(net.extra, GaussianLinear)
 
 
 def test_the_grown_head_is_trained() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import yaml
 
-from clagrange.study.settings import METHODS, STREAMS, SettingsError, load_study
+from clagrange.study.settings import METHODS, STREAMS, SettingsError, load_study, read_yaml
 
 STUDY = {
     "seeds": 2,
@@ -131,8 +131,10 @@ def test_a_missing_file_is_named_with_what_there_is():
         load_study("dmo")
 
 
-def test_the_packaged_demo_names_every_registered_method():
-    study = load_study("demo")
-    for body in study.streams.values():
-        assert set(body.methods) == set(METHODS)
-    assert set(study.streams) <= set(STREAMS)
+def test_the_packaged_search_names_every_registered_method_and_the_demo_some_of_them():
+    search, demo = read_yaml("permuted_search"), load_study("demo")
+    for body in search["streams"].values():
+        assert set(body["methods"]) == set(METHODS)
+    for study in demo.streams.values():
+        assert set(study.methods) < set(METHODS)
+    assert {*search["streams"], *demo.streams} <= set(STREAMS)

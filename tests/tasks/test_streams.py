@@ -236,7 +236,7 @@ def test_permuted_images_of_an_archive(tmp_path: Path) -> None:
 def test_what_permuted_images_refuses(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=rf"file: .*none at {tmp_path}/none.npz; .*CLAGRANGE_DATA"):
         PermutedImages("none.npz", root=str(tmp_path))
-    with pytest.raises(ValueError, match="examples: expected at most the 30 images of images.npz, got 31"):
+    with pytest.raises(ValueError, match=r"examples: expected at most the 30 images of images\.npz, got 31"):
         PermutedImages(archive(tmp_path), examples=31, root=str(tmp_path))
     for number, changes in enumerate(({"y_train": None}, {"x_train": np.zeros((30, 4, 4), dtype=np.uint8)})):
         folder = tmp_path / str(number)

@@ -2,17 +2,19 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from clagrange._checks import Number
-from clagrange.gaussian.curvature import Observer
+from clagrange._checks import Number, check_choice
+from clagrange.gaussian.curvature import Observer, VarianceObserver
 from clagrange.gaussian.precision import Precision
+from clagrange.gaussian.sampling import MODES, WeightSampler, streams_for
 from clagrange.gaussian.structures import Structure, as_structure
+from clagrange.replicas import Generators
 
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -68,9 +70,11 @@ class GaussianBlock(NamedTuple):
         return self.joint([mean.detach() for mean in self.means])
 
     def set_mean(self, joint: Tensor) -> None:
-        """Copy a joint mean into the parameters."""
+        """Copy a joint mean into the parameters; those that are frozen stay."""
         for mean, value in zip(self.means, self.split(joint), strict=True):
-            mean.copy_(value)
+            if mean.requires_grad:
+                mean.copy_(value)
+        self.layer.settle()
 
     def reset(self, name: str, mask: Tensor) -> None:
         """Return the precision to its prior at some entries of one parameter.
@@ -97,6 +101,10 @@ class GaussianLayer(nn.Module, ABC):
 
     Attributes:
         pairs: the weights and the bias that belongs to each, or None.
+        one_hot: whether inputs are one-hot.
+        by_default: whether `gaussianize` makes such layers Gaussian without being asked for them by name or type.
+        stackable: whether `clagrange.replicas.stack` may give its tensors a replica dimension.
+        shared: names of the means that other layers use too; one of the layers has their precision.
         examples: number of examples behind the present gradients (of each replica).
         positions: the same times the length of any further leading dimensions, such as tokens of a sequence.
         structure: of its precisions.
@@ -104,43 +112,69 @@ class GaussianLayer(nn.Module, ABC):
 
     pairs: ClassVar[tuple[tuple[str, str | None], ...]] = (("weight", "bias"),)
     one_hot: ClassVar[bool] = False
+    by_default: ClassVar[bool] = True
+    stackable: ClassVar[bool] = False
+    shared: frozenset[str]
     examples: int
     positions: int
     structure: Structure
+    _block_names: tuple[tuple[str, ...], ...]  # the means by the precision that they share
     _observers: dict[str, Observer]
     _backward: int  # the backward pass that counted last
     _before: tuple[int, int]  # the counts before it
 
-    def become_gaussian(self, precision: str | Structure, prior_mean: str, prior_variance: Number) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        precision: str | Structure = "diagonal",
+        prior_mean: str = "zero",
+        prior_variance: Number = 1.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(*args, **settings)
+        self.become_gaussian(precision, prior_mean, prior_variance)
+
+    def become_gaussian(
+        self,
+        precision: str | Structure,
+        prior_mean: str,
+        prior_variance: Number,
+        *,
+        shared: Collection[str] = (),
+        tied: Collection[str] = (),
+    ) -> None:
         """Give every mean a precision at its prior.
 
         Args:
             precision: a structure or the name of one.
             prior_mean: "zero" or "initial".
             prior_variance: in units of the layer's initialisation variance, 2 / fan_in (He et al. 2015).
+            shared: names of the parameters that other layers use too.
+            tied: those among them whose precision another layer has.
         """
-        self.structure = as_structure(precision)
+        self.structure = self.admitted(as_structure(precision))
+        self.shared = frozenset(shared)
+        self._block_names = self._grouped(tied)
         self._observers = {}
-        for names in self._shared_names():
+        for names in self._block_names:
             means = [self.get_parameter(name).detach() for name in names]
             block = GaussianBlock(self, names, None)  # type: ignore[arg-type]
+            center, prior = self.prior_center(names[0], block.joint(means), prior_mean)
             self.add_module(
                 f"{names[0]}_precision",
                 self.structure.precision(
-                    block.joint(means),
-                    prior_mean=prior_mean,
+                    center,
+                    prior_mean=prior,
                     prior_variance=prior_variance * self.initial_variance(names[0]),
                     stacked=self.stacked,
                     one_hot=self.one_hot,
                 ),
             )
-        for weight, bias in self.pairs:
-            if weight in dict(self.means()):
-                observer = self.structure.observer(
-                    self.precision_of(weight), bias is not None and self._parameters.get(bias) is not None
-                )
-                if observer is not None:
-                    self._observers[weight] = observer
+        for block in self.blocks():
+            observer = self.structure.observer(block.precision, len(block.names) > 1)
+            if observer is not None:
+                self._observers[block.names[0]] = observer
+        self.set_sampling(self.structure.sampling, antithetic=self.structure.antithetic)
         self._link()
 
     def become_deterministic(self) -> None:
@@ -149,20 +183,30 @@ class GaussianLayer(nn.Module, ABC):
             delattr(self, f"{block.names[0]}_precision")
             for mean in block.means:
                 _owners.pop(mean, None)
-        for attribute in ("structure", "examples", "positions", "_observers", "_backward", "_before"):
+        self._modules.pop("sampler", None)
+        for attribute in (
+            "structure",
+            "examples",
+            "positions",
+            "shared",
+            "_block_names",
+            "_observers",
+            "_backward",
+            "_before",
+        ):
             delattr(self, attribute)
 
     def means(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The Gaussian parameters by name."""
-        for pair in self.pairs:
-            for name in pair:
-                parameter = None if name is None else self._parameters.get(name)
-                if name is not None and parameter is not None:
+        for names in self._block_names:
+            for name in names:
+                parameter = self._parameters.get(name)
+                if parameter is not None:
                     yield name, parameter
 
     def blocks(self) -> Iterator[GaussianBlock]:
         """The means by the precision that they share."""
-        for names in self._shared_names():
+        for names in self._block_names:
             yield GaussianBlock(self, names, self.precision_of(names[0]))
 
     def block_of(self, name: str) -> GaussianBlock:
@@ -171,16 +215,38 @@ class GaussianLayer(nn.Module, ABC):
 
     def precision_of(self, name: str) -> Precision:
         """The precision of the mean called ``name``, alone or with the weight to which it belongs."""
-        names = next(names for names in self._shared_names() if name in names)
+        names = next(names for names in self._block_names if name in names)
         precision = self._modules[f"{names[0]}_precision"]
         assert isinstance(precision, Precision)
         return precision
 
-    def _shared_names(self) -> list[tuple[str, ...]]:
-        known = [name for name, _ in self.means()]
-        if not self.structure.joint:
-            return [(name,) for name in known]
-        return [tuple(name for name in pair if name is not None and name in known) for pair in self.pairs]
+    def _grouped(self, tied: Collection[str]) -> tuple[tuple[str, ...], ...]:
+        """The means by the precision that they are to share.
+
+        A bias stands alone if it is not trained as its weight is, or belongs to several weights.
+        """
+        known = {name: p for name, p in self._parameters.items() if p is not None and name not in tied}
+        pairs = [pair for pair in self.pairs if self._parameters.get(pair[0]) is not None]
+        groups: dict[tuple[str, ...], None] = {}  # in order, each once
+        for pair in pairs:
+            names = tuple(name for name in pair if name in known)
+            alike = len({known[name].requires_grad for name in names}) == 1
+            if self.structure.joint and alike and sum(names[-1] in other for other in pairs) == 1:
+                groups[names] = None
+            else:
+                groups |= {(name,): None for name in names}
+        return tuple(groups)
+
+    def admitted(self, structure: Structure) -> Structure:
+        """The structure that the layer takes where this one is asked for."""
+        return structure
+
+    def prior_center(self, name: str, mean: Tensor, prior_mean: str) -> tuple[Tensor, str]:
+        """A tensor of the mean's shape, and whether it ("initial") or 0 ("zero") is the mean of the prior."""
+        return mean, prior_mean
+
+    def settle(self) -> None:
+        """Restore what always holds of the means, after they were set."""
 
     def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of a parameter's shape as a matrix (out, in); a bias as one column."""
@@ -200,14 +266,66 @@ class GaussianLayer(nn.Module, ABC):
     def stacked(self) -> bool:
         """Whether the layer has a leading replica dimension."""
 
+    def set_sampling(self, mode: str, generator: Generators | None = None, *, antithetic: bool = False) -> None:
+        """Choose what the layer is at in training; see `clagrange.gaussian.set_sampling`."""
+        self.check_sampling(mode)
+        self._modules.pop("sampler", None)
+        if mode != "mean":
+            replicas = next(self.means())[1].shape[0] if self.stacked else None
+            self.sampler = WeightSampler(mode, streams_for(replicas, generator), antithetic)
+
+    def check_sampling(self, mode: str) -> None:
+        """Raise unless the layer can be at this in training."""
+        check_choice("mode", mode, MODES)
+        if mode != "mean" and self.shared:
+            raise ValueError(
+                f"mode: a {type(self).__name__} that shares its {' and '.join(sorted(self.shared))} with another "
+                f"layer has no draws of its own, got {mode!r}; leave these layers out by layers=..."
+            )
+        if mode == "example" and self.structure.joint:
+            raise ValueError(
+                f"mode: a {type(self).__name__} with a Kronecker precision cannot be drawn for every example; "
+                f"got 'example', use 'batch', or precision='diagonal' for this layer"
+            )
+        sampled = any(isinstance(observer, VarianceObserver) for observer in self._observers.values())
+        if mode == "mean" and sampled:
+            raise ValueError(
+                f"mode: a {type(self).__name__} with curvature='sampled' reads its curvature off draws of its "
+                f"weights, got 'mean'; use 'batch' or 'example'"
+            )
+
+    def transform(self, function: Callable[..., Tensor], inputs: Tensor, weight: str = "weight") -> Tensor:
+        """A function of inputs, weight and bias at the means of these or, in training, at a draw.
+
+        Drawn in training mode where gradients are on, if the layer has a sampler (`set_sampling`). The function
+        has to be linear in the inputs, and in weight and bias.
+        """
+        pair = next(pair for pair in self.pairs if pair[0] == weight)
+        sampler = self._modules.get("sampler") if self.training and torch.is_grad_enabled() else None
+        if sampler is None:
+            return function(inputs, *(None if name is None else getattr(self, name) for name in pair))
+        assert isinstance(sampler, WeightSampler)
+        return sampler.transform(self, function, inputs, pair)
+
     @abstractmethod
-    def rows(self, weight: str, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs (..., n, P, in) and output gradients (..., n, P, out) of a weight, for its observer."""
+    def rows(self, name: str, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs x (..., n, P, in) and output gradients d (..., n, P, out) of a weight, for its observer.
+
+        For a diagonal precision dᵀx has the entries of the weight in their order. Of a bias, d alone counts.
+        """
 
     def watch(
-        self, output: Tensor, inputs: Tensor, examples: int, positions: int, weight: str = "weight"
+        self,
+        output: Tensor,
+        inputs: Tensor,
+        examples: int,
+        positions: int,
+        weight: str = "weight",
+        units: slice | None = None,
     ) -> None:
         """Note, when the gradient of ``output`` arrives, how many examples it stands for, and observe it.
+
+        Frozen parameters learn nothing, so that nothing is noted of them.
 
         Args:
             output: what a weight made of its inputs.
@@ -215,12 +333,18 @@ class GaussianLayer(nn.Module, ABC):
             examples: the size of the batch.
             positions: the same times the length of further leading dimensions.
             weight: its name.
+            units: which of the parameters' units the output is, where a parameter has more.
         """
         if not output.requires_grad or not torch.is_grad_enabled():
             return
         this = weakref.ref(self)
-        observer = self._observers.get(weight)
-        seen = inputs.detach() if observer is not None and observer.wanted else None
+        pair = next(pair for pair in self.pairs if pair[0] == weight)
+        used = (getattr(self, name) for name in pair if name is not None)
+        if not any(parameter.requires_grad for parameter in used if parameter is not None):
+            return
+        names = [name for name in pair if name in self._observers and self._observers[name].wanted]
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func: no training step
+        seen = inputs.detach() if names and not transformed else None
 
         def note(gradient: Tensor) -> None:
             layer = this()
@@ -236,13 +360,28 @@ class GaussianLayer(nn.Module, ABC):
                     layer._clear_observers()
             layer.examples = max(layer.examples, layer._before[0] + examples)
             layer.positions = max(layer.positions, layer._before[1] + positions)
-            if seen is not None:
-                layer._observers[weight].add(*layer.rows(weight, seen, gradient))
+            if seen is None:
+                return
+            with torch.autocast(gradient.device.type, enabled=False):
+                for name in names:
+                    x, d = layer.rows(name, seen, gradient)
+                    if name != weight:
+                        x = d.new_ones(()).expand(*d.shape[:-1], 1)  # a bias is a weight of them
+                    layer._observers[name].add(x, layer._of_all_units(name, d, units))
 
         output.register_hook(note)
 
+    def _of_all_units(self, name: str, d: Tensor, units: slice | None) -> Tensor:
+        """The gradients of all units of a parameter, 0 for those that are not among ``units``."""
+        width = len(self.get_parameter(name))
+        if units is None or width == d.shape[-1]:
+            return d
+        widened = d.new_zeros(*d.shape[:-1], width)
+        widened[..., units] = d
+        return widened
+
     def observation_of(self, name: str) -> Observer | None:
-        """The observer of the weight called ``name``, None where there is none."""
+        """The observer of the block whose first mean is called ``name``, None where there is none."""
         return self._observers.get(name)
 
     def clear_examples(self) -> None:
@@ -264,9 +403,9 @@ class GaussianLayer(nn.Module, ABC):
                 _owners[mean] = (weakref.ref(self), name)
 
     def _is_gaussian(self, name: str) -> bool:
-        if "structure" not in self.__dict__:
+        if "_block_names" not in self.__dict__:
             return False
-        return any(name in names and f"{names[0]}_precision" in self._modules for names in self._shared_names())
+        return any(name in names and f"{names[0]}_precision" in self._modules for names in self._block_names)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # unpickling and deepcopy
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -278,6 +417,14 @@ class GaussianLayer(nn.Module, ABC):
         if param is not None and self._is_gaussian(name):
             _owners[param] = (weakref.ref(self), name)
 
+    def __delattr__(self, name: str) -> None:
+        if self._is_gaussian(name):
+            raise RuntimeError(
+                f"a mean cannot be taken off a Gaussian layer, got {name!r} of a {type(self).__name__}; to "
+                f"parametrize it make the layer deterministic first, by clagrange.collapse"
+            )
+        super().__delattr__(name)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._link()
@@ -285,10 +432,12 @@ class GaussianLayer(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A deterministic checkpoint has means without precisions: these return to their prior.
-        for names in self._shared_names():
+        for names in self._block_names:
             block = f"{prefix}{names[0]}_precision."
             if prefix + names[0] in state_dict and not any(key.startswith(block) for key in state_dict):
                 precision = self.precision_of(names[0])
                 precision.reset()
                 state_dict.update({block + key: value for key, value in precision.state_dict().items()})
+        if "sampler" not in self._modules:
+            state_dict.pop(f"{prefix}sampler._extra_state", None)  # of a network that sampled
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -2,12 +2,9 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
-from clagrange._checks import Number
 from clagrange.gaussian.layers.base import GaussianLayer
-from clagrange.gaussian.structures import Structure
 from clagrange.replicas import linear
 
 
@@ -33,20 +30,7 @@ class GaussianLinear(GaussianLayer, nn.Linear):
         0.125
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        precision: str | Structure = "diagonal",
-        prior_mean: str = "zero",
-        prior_variance: Number = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.become_gaussian(precision, prior_mean, prior_variance)
+    stackable = True
 
     @property
     def stacked(self) -> bool:
@@ -54,8 +38,8 @@ class GaussianLinear(GaussianLayer, nn.Linear):
         return self.weight.dim() == 3
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the layer at its mean."""
-        output = linear(inputs, self.weight, self.bias)
+        """Apply the layer at its mean, or in training at what is drawn (`set_sampling`)."""
+        output = self.transform(linear, inputs)
         leading = inputs.shape[int(self.stacked) : -1]
         self.watch(output, inputs, leading[0] if leading else 1, math.prod(leading))
         return output
@@ -64,7 +48,7 @@ class GaussianLinear(GaussianLayer, nn.Linear):
         """2 / in_features."""
         return 2.0 / self.in_features
 
-    def rows(self, weight: str, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, name: str, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and output gradients as they are, all dimensions between the batch and the last as positions."""
         first = int(self.stacked)
         x, d = (

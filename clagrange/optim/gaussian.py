@@ -1,0 +1,203 @@
+"""What optimizers of Gaussian weights share: the loop over blocks, and what a step knows of each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clagrange._checks import check_choice, check_fraction, check_replicas
+from clagrange.distributed import process_count
+from clagrange.gaussian import GaussianBlock, GaussianLayer, Precision, owner_of
+from clagrange.gaussian.curvature import FactorObserver, VarianceObserver
+from clagrange.gaussian.kronecker import LowRank
+from clagrange.optim.euler_lagrange_step import Block
+from clagrange.optim.stacked import adam_step, restore_state
+
+_NO_GAUSSIAN = (
+    "params: expected at least one Gaussian parameter, got none; call clagrange.gaussianize(net) first, and "
+    "copy or unpickle an optimizer together with its network"
+)
+
+
+class GaussianOptimizer(Optimizer, ABC):
+    """Steps Gaussian parameters block by block, and all others by Adam.
+
+    The state of a Gaussian parameter lives in its layer, so that it survives a new optimizer. Groups have, beside
+    what a subclass adds, the settings ``deterministic_lr``, ``loss_reduction`` and ``maximize``.
+
+    Args:
+        params: the network; or parameters, named parameters or parameter groups of it.
+        defaults: the settings.
+    """
+
+    def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, defaults)
+        if not any(owner_of(p) is not None for group in self.param_groups for p in group["params"]):
+            raise ValueError(_NO_GAUSSIAN)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with its settings checked."""
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+            _check_shared_settings(self.param_groups[-1])
+            _check_shared_precisions(self.param_groups)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        restore_state(self, state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, giving settings that an older version did not have their default."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; a closure is evaluated first and its value returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        used: dict[int, GaussianLayer] = {}
+        found = False
+        for group in self.param_groups:
+            moving: dict[Precision, tuple[GaussianBlock, tuple[str, ...]]] = {}
+            for parameter in group["params"]:
+                owner = owner_of(parameter)
+                found = found or owner is not None
+                if parameter.grad is None:
+                    continue
+                if owner is None:
+                    gradient = -parameter.grad if group["maximize"] else parameter.grad
+                    adam_step(
+                        parameter,
+                        gradient,
+                        self.state[parameter],
+                        lr=group["deterministic_lr"],
+                        betas=(0.9, 0.999),
+                        eps=1e-8,
+                    )
+                    continue
+                layer, name = owner
+                used[id(layer)] = layer
+                gaussian = layer.block_of(name)
+                _, names = moving.get(gaussian.precision, (gaussian, ()))
+                moving[gaussian.precision] = (gaussian, (*names, name))
+            if moving:
+                blocks = [self._block(gaussian, names, group) for gaussian, names in moving.values()]
+                self._step_blocks(blocks, group)
+        if not found:
+            raise RuntimeError(_NO_GAUSSIAN)
+        for layer in used.values():
+            layer.clear_examples()
+        return loss
+
+    def _block(self, gaussian: GaussianBlock, moving: tuple[str, ...], group: dict[str, Any]) -> Block:
+        """What a step needs of a block, in units of the mean loss per example."""
+        layer, names, _ = gaussian
+        reduction = group["loss_reduction"]
+        examples = layer.positions if reduction == "position_mean" else layer.examples
+        if examples == 0:
+            shape = tuple(layer.get_parameter(names[0]).shape)
+            raise RuntimeError(
+                f"parameter {names[0]!r} of a {type(layer).__name__} of shape {shape} has a gradient, but the "
+                f"layer saw no example since the last step; run forward and backward through the layer, or set "
+                f"layer.examples"
+            )
+        gradients = [
+            torch.zeros_like(mean) if mean.grad is None or name not in moving else mean.grad
+            for name, mean in zip(names, gaussian.means, strict=True)
+        ]
+        gradient = gaussian.joint(gradients)
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if reduction == "sum":
+            gradient = gradient / examples
+        observer = layer.observation_of(names[0])
+        unit = 1.0 / examples if reduction == "sum" else 1.0
+        curvature = None if observer is None else observer.curvature(gradient, examples, unit)
+        low_rank = observer.low_rank(gradient, unit) if isinstance(observer, FactorObserver) else None
+        if group["maximize"]:
+            gradient = -gradient
+            low_rank = None if low_rank is None else LowRank(low_rank.x, -low_rank.d)
+            if isinstance(observer, VarianceObserver) and curvature is not None:
+                curvature = -curvature
+        state = self.state[gaussian.means[0]] if group.get("motion") else {}
+        return Block(gaussian, moving, gradient, low_rank, curvature, examples * process_count(), state)
+
+    @abstractmethod
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise if a setting that the subclass adds is out of range."""
+
+    @abstractmethod
+    def _step_blocks(self, blocks: list[Block], group: dict[str, Any]) -> None:
+        """Step blocks with the settings of their group."""
+
+
+def _check_shared_settings(group: dict[str, Any]) -> None:
+    check_fraction("deterministic_lr", group["deterministic_lr"])
+    check_choice("loss_reduction", group["loss_reduction"], ("mean", "sum", "position_mean"))
+    settings = dict(group)
+    for value in group.values():
+        if isinstance(value, dict):  # the numbers of a belief
+            settings.update(value)
+    for parameter in group["params"]:
+        owner = owner_of(parameter)
+        if owner is not None:
+            for name, value in settings.items():
+                check_replicas(name, value, parameter.shape[0] if owner[0].stacked else None)
+
+
+def _check_shared_precisions(groups: list[dict[str, Any]]) -> None:
+    places: dict[Precision, int] = {}
+    for number, group in enumerate(groups):
+        for parameter in group["params"]:
+            owner = owner_of(parameter)
+            if owner is None:
+                continue
+            block = owner[0].block_of(owner[1])
+            if places.setdefault(block.precision, number) != number:
+                raise ValueError(
+                    f"params: expected parameters that share a precision in one group, got "
+                    f"{' and '.join(block.names)} of a {type(block.layer).__name__} in two; put them into one, "
+                    f"or make the layer Gaussian with precision='diagonal'"
+                )
+
+
+def require_draws(group: dict[str, Any]) -> None:
+    """Raise unless the Gaussian layers of a group draw their weights and observe the curvature by that."""
+    for parameter in group["params"]:
+        owner = owner_of(parameter)
+        if owner is None:
+            continue
+        layer, name = owner
+        if not isinstance(layer.observation_of(layer.block_of(name).names[0]), VarianceObserver):
+            raise ValueError(
+                f"params: expected Gaussian layers that draw their weights, got a {type(layer).__name__} with "
+                f"precision {layer.structure!r}; call clagrange.gaussianize(net, precision="
+                f"clagrange.gaussian.Diagonal('sampled', sampling='batch'))"
+            )
+
+
+def drawn_curvature(block: Block) -> Tensor:
+    """Ĥ = E[gε]/σ of a block.
+
+    Raises:
+        RuntimeError: if the gradient is not that of a draw.
+    """
+    if block.curvature is None:
+        raise RuntimeError(
+            f"the gradient of {block.gaussian.names[0]!r} of a {type(block.gaussian.layer).__name__} is not that "
+            f"of drawn weights; compute it in training mode"
+        )
+    curvature: Tensor = block.curvature
+    return curvature
