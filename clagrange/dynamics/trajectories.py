@@ -1,5 +1,6 @@
 """Paths of least action between two points, by direct minimisation of the discretised action."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -98,30 +99,37 @@ def minimize_action(
         (gradient,) = torch.autograd.grad(action, inner)
         return float(action.detach()), gradient.reshape(-1).numpy()
 
-    found = minimize(
-        objective,
-        initial[1:-1].double().reshape(-1).numpy(),
-        jac=True,
-        method="L-BFGS-B",
-        callback=None if callback is None else lambda flat: callback(joined(torch.tensor(flat).reshape(shape))),
-        options={
-            "maxiter": max_iterations,
-            "maxfun": 4 * max_iterations,
-            "maxcor": 30,
-            "gtol": 0.1 * tolerance * step,
-            "ftol": 0.0,
-        },
-    )
-    # where rounding stops the line search, the gradient itself says whether this is a minimum
-    largest = float(np.abs(objective(found.x)[1]).max()) / step
+    flat, iterations, largest = initial[1:-1].double().reshape(-1).numpy(), 0, math.inf
+    while True:
+        found = minimize(
+            objective,
+            flat,
+            jac=True,
+            method="L-BFGS-B",
+            callback=None if callback is None else lambda x: callback(joined(torch.tensor(x).reshape(shape))),
+            options={
+                "maxiter": max_iterations - iterations,
+                "maxfun": 4 * max_iterations,
+                "maxcor": 30,
+                "gtol": 0.1 * tolerance * step,
+                "ftol": 0.0,
+            },
+        )
+        iterations += int(found.nit)
+        # where rounding stops the line search, the gradient itself says whether this is a minimum; if not, a
+        # new start without the memory of old steps often goes on
+        before, largest = largest, float(np.abs(objective(found.x)[1]).max()) / step
+        if largest <= tolerance or iterations >= max_iterations or not largest < 0.9 * before:
+            break
+        flat = found.x
     if not largest <= tolerance:
         raise RuntimeError(
             f"minimize_action: the gradient of the action is still {largest:.3g} per unit of time after "
-            f"{found.nit} iterations (tolerance {tolerance:.3g}): {found.message}; raise max_iterations, start "
+            f"{iterations} iterations (tolerance {tolerance:.3g}): {found.message}; raise max_iterations, start "
             f"from a nearer initial path, or check that the potential is bounded below"
         )
     positions = joined(torch.from_numpy(found.x).reshape(shape))
-    return trajectory_of(lagrangian, times, positions, None, int(found.nit))
+    return trajectory_of(lagrangian, times, positions, None, iterations)
 
 
 def trajectory_of(

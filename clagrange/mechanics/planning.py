@@ -72,7 +72,8 @@ def linear_error(inputs: Tensor, noise: float = 1.0, moment: Tensor | None = Non
     gram = rows.T @ rows + ridge * torch.eye(p, dtype=rows.dtype, device=rows.device)
     target = torch.eye(p, dtype=rows.dtype, device=rows.device) / p if moment is None else moment.double()
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed or float(factor.diagonal().min()) < 1e-12 * float(factor.diagonal().max()):
+    pivots = factor.diagonal().square()
+    if failed or float(pivots.min()) < 1e-13 * float(pivots.max()):  # rounding leaves 1e-16 where there is none
         return float("inf")
     return noise * (1.0 + float(torch.cholesky_solve(target, factor).trace()))
 

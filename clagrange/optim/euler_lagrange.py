@@ -64,7 +64,8 @@ class EulerLagrange(GaussianOptimizer):
         foreach: use torch's multi-tensor kernels for diagonal precisions. None: where every number of the group
             is a plain one.
         compiled: make one loop of the step of large diagonal parameters by torch.compile. None: on a CPU from a
-            million weights on, where it repays the seconds that it takes; see `clagrange.optim.diagonal_step`.
+            million weights on, where it repays the seconds that it takes, unless ``foreach`` is chosen; see
+            `clagrange.optim.diagonal_step`.
 
     Every number may be a tensor of shape (R,) for a stacked network; torch's schedulers take plain numbers only.
 

@@ -76,18 +76,18 @@ def step_blocks(blocks: list[Block], group: dict[str, Any]) -> None:
             trust_region=group["trust_region"],
             prior_pull=group["prior_pull"],
         )
-        _step_diagonal(diagonal, settings, group["compiled"], resistance)
+        means: list[Tensor] = [block.gaussian.means[0] for block in diagonal]
+        chosen = best_form(means) if group["foreach"] is None else "foreach"
+        form = {None: chosen, True: "compiled", False: "foreach"}[group["compiled"]]
+        _step_diagonal(diagonal, settings, form, resistance)
     for block in others:
         _step_one(block, group, fraction, decay, gain, resistance)
 
 
-def _step_diagonal(
-    blocks: list[Block], settings: StepSettings, compiled: bool | None, resistance: Number | None
-) -> None:
+def _step_diagonal(blocks: list[Block], settings: StepSettings, form: str, resistance: Number | None) -> None:
     """The same as `_step_one` for each, by the fast kernels."""
     means: list[Tensor] = [block.gaussian.means[0] for block in blocks]
     precisions = [block.precision for block in blocks]
-    form = best_form(means) if compiled is None else ("compiled" if compiled else "foreach")
     steps = diagonal_step(
         means,
         [block.gradient for block in blocks],

@@ -106,12 +106,23 @@ def test_damped_inverse_of_a_diagonal() -> None:
 
 
 def test_the_units_of_one_input_take_nothing_from_the_others() -> None:
+    """Even where two inputs are the same, so that the diagonal has to be raised."""
     rows = torch.randn(500, 50, generator=stream())
-    factor = rows.mT @ rows / 500
+    rows[:, 49] = rows[:, 48]
     scale = torch.where(torch.arange(50) == 7, 1e6, 1.0)
-    inverse = damped_inverse(scale * factor * scale[:, None], torch.full((1, 1), 1e-6), diagonal=False)
-    expected = torch.linalg.inv(factor.double())
-    torch.testing.assert_close((scale * inverse * scale[:, None]).double(), expected, rtol=1e-3, atol=1e-3)
+    factor = scale * (rows.mT @ rows / 500) * scale[:, None]
+    inverse = damped_inverse(factor, torch.full((1, 1), 1e-9), diagonal=False)
+    expected = torch.linalg.inv((rows[:, :49].mT @ rows[:, :49]).double() / 500)
+    unscaled = (scale * inverse * scale[:, None]).double()
+    torch.testing.assert_close(unscaled[:48, :48], expected[:48, :48], rtol=1e-3, atol=1e-3)
+
+
+def test_a_hard_block_changes_nothing_in_another() -> None:
+    factors = torch.stack([HARD["of rank one"], HARD["of condition 1e8"]]).float()
+    together = damped_inverse(factors, torch.full((2, 1, 1), 1e-5), diagonal=False)
+    for index in range(2):
+        alone = damped_inverse(factors[index], torch.full((1, 1), 1e-5), diagonal=False)
+        assert torch.equal(together[index], alone)
 
 
 def test_what_is_no_average_of_squares_counts_by_its_diagonal_and_spoils_no_other() -> None:
