@@ -2,12 +2,15 @@
 
     python benchmarks/speed.py [--store benchmarks/speed.json]
 
-Ratios within one run, medians over repetitions that take turns; machines are shared and noisy. The floor is
-the time to copy as many bytes as the step must read and write.
+Ratios within one run, medians over repetitions that take turns; machines are shared and noisy.
 """
 
 import argparse
+import functools
+import importlib.util
+import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -39,40 +42,64 @@ def medians(actions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def with_gradients(network: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """An optimizer step on gradients that stay the same."""
-    layers = [layer for _, layer in clagrange.gaussian.gaussian_layers(network)]
+def network_with_gradients(width: int) -> nn.Sequential:
+    """Two layers with 2·width·(width + 1) weights, and gradients that stay the same."""
+    network = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
     for parameter in network.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
+    return network
 
-    def step() -> None:
+
+def euler_lagrange_steps(width: int) -> dict[str, Callable[[], Any]]:
+    """The step of diagonal precisions: without and with a bound of 1σ, at infinite and finite discount."""
+    network = clagrange.gaussianize(network_with_gradients(width))
+    layers = [layer for _, layer in clagrange.gaussian.gaussian_layers(network)]
+
+    def step(optimizer: EulerLagrange) -> None:
         for layer in layers:
             layer.examples = 64
         optimizer.step()
 
-    return step
+    steps: dict[str, Callable[[], Any]] = {}
+    for form in ("plain", "foreach", "compiled"):
+        fast: dict[str, Any] = {"foreach": form != "plain", "compiled": form == "compiled"}
+        for discount, trust_region in itertools.product((math.inf, 1.0), repeat=2):
+            optimizer = EulerLagrange(
+                network, lr=1e-6, temperature=1e-5, discount=discount, trust_region=trust_region, **fast
+            )
+            name = f"Euler-Lagrange {form}, discount {discount:g}{', trust region' * (trust_region < math.inf)}"
+            steps[name] = functools.partial(step, optimizer)
+    return steps
 
 
 def optimizer_steps(width: int, repetitions: int) -> dict[str, float]:
-    """Seconds of one step on a network with about 2·width² parameters."""
-    network = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
-    gaussian = clagrange.gaussianize(network, copied=True)
+    """Seconds of one step of every optimizer on as many weights, and of what bounds it from below.
+
+    A step reads gradient, mean, precision and curvature (with Adam: its two moments) and writes the last three,
+    seven numbers a weight. The floor is the time to read and write as many bytes in place.
+    """
     steps: dict[str, Callable[[], Any]] = {}
     for form in ("loop", "foreach", "fused"):
-        adamw = torch.optim.AdamW(
-            network.parameters(), foreach=form == "foreach", fused=True if form == "fused" else None
+        weights = network_with_gradients(width).parameters()
+        fused = True if form == "fused" else None
+        steps[f"AdamW {form}"] = torch.optim.AdamW(weights, foreach=form == "foreach", fused=fused).step
+    if importlib.util.find_spec("ivon") is None:
+        print("IVON is left out: it needs the package ivon-opt (GPL-3.0), which is not installed")
+    else:
+        optimizer = importlib.import_module("ivon").IVON(
+            network_with_gradients(width).parameters(), lr=1e-6, ess=1e5
         )
-        steps[f"AdamW {form}"] = with_gradients(network, adamw)
-    for name, settings in {
-        "Euler-Lagrange loop": {"foreach": False},
-        "Euler-Lagrange foreach": {"foreach": True},
-        "Euler-Lagrange foreach, finite discount": {"foreach": True, "discount": 1.0},
-    }.items():
-        steps[name] = with_gradients(gaussian, EulerLagrange(gaussian, lr=1e-6, temperature=1e-5, **settings))
-    # gradient, mean, precision and curvature are read, the last three written: 7 numbers a weight
-    source = torch.zeros(7 * sum(p.numel() for p in network.parameters()) // 2)
-    target = torch.empty_like(source)
-    steps["floor: copy of the bytes moved"] = lambda: target.copy_(source)
+
+        def ivon_step() -> None:
+            with optimizer.sampled_params(train=True):
+                pass  # forward and backward pass
+            optimizer.step()
+
+        steps["IVON, with its draw of the weights"] = ivon_step
+    steps.update(euler_lagrange_steps(width))
+
+    numbers = torch.ones(7 * width * (width + 1))  # half of them read, half written
+    steps["floor"] = numbers.neg_
     return medians(steps, repetitions)
 
 
@@ -115,12 +142,15 @@ def main() -> None:
     figures: dict[str, Any] = {"environment": environment()}
 
     steps = optimizer_steps(chosen.width, chosen.repetitions)
-    reference = steps["AdamW fused"]
+    reference, floor = steps["AdamW fused"], steps["floor"]
     print(
         f"Optimizer step, {2 * chosen.width * (chosen.width + 1):,} parameters, {torch.get_num_threads()} threads"
     )
     for name, seconds in steps.items():
-        print(f"  {name:42s} {1e3 * seconds:8.1f} ms   {seconds / reference:6.2f} x AdamW fused")
+        print(
+            f"  {name:55s} {1e3 * seconds:8.1f} ms   {seconds / reference:6.2f} x AdamW fused   "
+            f"{seconds / floor:6.2f} x floor"
+        )
     figures["optimizer_step_seconds"] = steps
 
     torch.set_num_threads(1)
