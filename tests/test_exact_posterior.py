@@ -104,7 +104,7 @@ def test_sampled_predictions_have_the_law_of_the_posterior(structure: str) -> No
     full = torch.linalg.inv(PROBLEM.precision)
     covariance = full if structure == "kronecker" else torch.diag(PROBLEM.precision.diagonal().reciprocal())
     expected = (inputs @ covariance * inputs).sum(1, keepdim=True).expand(-1, 2)
-    samples = 1500
+    samples = 800
     mean, variance = predict(net, inputs[:, :-1], samples=samples, generator=torch.Generator().manual_seed(0))
     assert ((mean - inputs @ PROBLEM.mean.mT).abs() < 4.5 * (expected / samples).sqrt() + 1e-2).all()
     assert ((variance / expected - 1).abs() < 4.5 * math.sqrt(2 / samples)).all()
@@ -141,7 +141,7 @@ def test_kronecker_optimizer_on_the_full_batch(damping: str) -> None:
 
 
 def test_per_example_optimizer_on_the_full_batch() -> None:
-    row = benchmark.trained(PROBLEM, Diagonal("per_example"), batch=200, steps=600, lr=0.1)
+    row = benchmark.trained(PROBLEM, Diagonal("per_example"), batch=200, steps=400, lr=0.1)
     best = benchmark.fresh(PROBLEM, "diagonal")
     best.precision.copy_(PROBLEM.precision.diagonal().expand_as(PROBLEM.mean))
     least, _ = benchmark.divergence(PROBLEM, PROBLEM.mean, best)
@@ -152,7 +152,7 @@ def test_per_example_optimizer_on_the_full_batch() -> None:
 def test_squared_gradient_sees_nothing_in_the_full_batch() -> None:
     """At the optimum the gradient of the whole is the prior's, so that the variances return to the prior's."""
     few, whole = (
-        benchmark.trained(PROBLEM, "diagonal", batch=batch, steps=600, lr=0.1, curvature_decay=0.9)
+        benchmark.trained(PROBLEM, "diagonal", batch=batch, steps=400, lr=0.1, curvature_decay=0.9)
         for batch in (20, 200)
     )
     assert few["variance_error"] < 1
