@@ -1,6 +1,7 @@
 """The matrix-Gaussian precision: a Kronecker product of two factors, with a prior."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -257,8 +258,12 @@ class KroneckerPrecision(Precision):
 
         The length of the step is √(Δᵀ S Δ / D) over the D weights: the root mean square of the step along the
         axes, each in units of its own standard deviation; D/2 times its square is the KL divergence between the
-        posteriors before and after the step. A longer step is scaled down as a whole. The prior's pull is outside
-        of the bound; with "factored" damping it acts when the factors are inverted, for all steps in between.
+        posteriors before and after the step. With "factored" damping it is measured by the inverse in use, which
+        makes it an upper bound. A longer step is scaled down as a whole. The prior's pull is part of an "exact"
+        step; with "factored" damping it is outside of the bound and acts when the factors are inverted, for all
+        steps in between.
+
+        At first nothing holds a weight but the prior, and steps are long: leave the bound finite.
 
         Args:
             low_rank: the same gradient as the rows of a small batch, with which the products are cheaper.
@@ -496,6 +501,11 @@ class KroneckerPrecision(Precision):
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles make the eigenvectors anew
         return {**self.__dict__, "_axes": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KroneckerPrecision":
+        super()._apply(fn, recurse)
+        self._axes = None
+        return self
 
     def get_extra_state(self) -> dict[str, int]:
         """Where the intervals stand."""
