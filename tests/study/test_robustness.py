@@ -30,7 +30,7 @@ def test_no_setting_within_a_decade_of_the_default_diverges(damping: str) -> Non
         run.run_task()
     assert all(parameter.isfinite().all() for parameter in run.network.parameters())
     usual, *others = run.metrics["online_accuracy"]
-    assert usual.min() > 0.85
+    assert usual.min() > 0.8
     for setting, accuracy in zip(changed, others, strict=True):
         assert accuracy[-1] > max(0.5, accuracy[0] - 0.1), (setting, accuracy)
     assert torch.isfinite(torch.from_numpy(run.metrics["loss"])).all()
