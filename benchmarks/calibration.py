@@ -1,8 +1,8 @@
 """Are the probabilities of Gaussian weights to be trusted? MNIST, beside AdamW, MC-dropout and IVON.
 
-    python benchmarks/calibration.py [--store benchmarks/calibration.json] [--seeds 5] [--epochs 5]
+    python benchmarks/calibration.py [--store benchmarks/calibration.json] [--training 2000 10000] [--seeds 5]
 
-Every method has the same network (784-100-100-10, ReLU), images, batches and number of epochs, and a learning
+Every method has the same network (784-100-100-10, ReLU), images, batches and number of steps, and a learning
 rate that falls along a cosine. Each has six settings, which are tried once; the one with the lowest negative
 log-likelihood on the validation images, in the best of its ways to predict, is trained with fresh seeds. On the
 test images: accuracy, negative log-likelihood, calibration error and Brier score. On images turned by 45 degrees
@@ -40,7 +40,7 @@ from clagrange.optim import EulerLagrange
 from clagrange.study.files import replacing
 from clagrange.study.summary import environment
 
-TRAINING, VALIDATION, SHIFTED = 10_000, 5_000, 2_000
+VALIDATION, SHIFTED = 5_000, 2_000
 BATCH, SAMPLES = 64, 32
 HIDDEN = [100, 100]
 Setting = dict[str, Any]
@@ -62,7 +62,7 @@ class Images:
 
 
 def mnist(root: str) -> tuple[Images, Images, Images]:
-    """Training images (the first 10,000), validation images (the last 5,000 of the 60,000), test images."""
+    """MNIST's 60,000 images for training without the last 5,000, these for validation, its test images."""
     from torchvision.datasets import MNIST
 
     try:
@@ -75,7 +75,7 @@ def mnist(root: str) -> tuple[Images, Images, Images]:
             f"MNIST's files are not in {Path(root, 'MNIST', 'raw').resolve()}; set CLAGRANGE_DATA to the folder "
             f"that holds MNIST/raw"
         ) from error
-    return known.part(slice(TRAINING)), known.part(slice(-VALIDATION, None)), test
+    return known.part(slice(-VALIDATION)), known.part(slice(-VALIDATION, None)), test
 
 
 def shifted(test: Images, root: str) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -99,13 +99,23 @@ def shifted(test: Images, root: str) -> dict[str, tuple[Tensor, Tensor | None]]:
     return found
 
 
+@dataclass(frozen=True)
+class Data:
+    """What is trained and measured with; ``others`` are inputs, and the digits where they show any, by name."""
+
+    training: Images
+    validation: Images
+    test: Images
+    others: dict[str, tuple[Tensor, Tensor | None]]
+
+
 # --------------------------------------------------------------------------------------------------- the methods
 @dataclass(frozen=True)
 class Method:
     """A way to train a network, and its ways to predict.
 
     Attributes:
-        train: of a setting, images, epochs and a seed; gives the ways to predict by name.
+        train: of a setting, images, steps and a seed; gives the ways to predict by name.
         settings: six, to be tried.
         ours: whether it is of this package.
     """
@@ -119,23 +129,24 @@ def fit(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     images: Images,
-    epochs: int,
+    steps: int,
     seed: int,
     drawn: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> None:
     """Train; gradients are taken inside ``drawn()``."""
     generator = torch.Generator().manual_seed(seed)
-    per_epoch = len(images.inputs) // BATCH
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.empty(0, dtype=torch.long)
     network.train()
-    for _ in range(epochs):
-        order = torch.randperm(len(images.inputs), generator=generator)
-        for rows in order[: per_epoch * BATCH].split(BATCH):
-            with drawn():
-                optimizer.zero_grad()
-                cross_entropy(network(images.inputs[rows]), images.targets[rows]).backward()
-            optimizer.step()
-            schedule.step()
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order = torch.randperm(len(images.inputs), generator=generator)
+        rows, order = order[:BATCH], order[BATCH:]
+        with drawn():
+            optimizer.zero_grad()
+            cross_entropy(network(images.inputs[rows]), images.targets[rows]).backward()
+        optimizer.step()
+        schedule.step()
     network.eval()
 
 
@@ -160,7 +171,7 @@ def at_the_mean(network: nn.Module) -> Predict:
     return lambda inputs: averaged(lambda: network(inputs), 1)
 
 
-def train_adamw(setting: Setting, images: Images, epochs: int, seed: int) -> dict[str, Predict]:
+def train_adamw(setting: Setting, images: Images, steps: int, seed: int) -> dict[str, Predict]:
     """AdamW, after every hidden layer dropout where the setting has it."""
     setting = dict(setting)
     rate = setting.pop("dropout", 0.0)
@@ -173,7 +184,7 @@ def train_adamw(setting: Setting, images: Images, epochs: int, seed: int) -> dic
         )
     )
     torch.manual_seed(seed)
-    fit(network, torch.optim.AdamW(network.parameters(), **setting), images, epochs, seed)
+    fit(network, torch.optim.AdamW(network.parameters(), **setting), images, steps, seed)
 
     def sampled(inputs: Tensor) -> Prediction:
         network.train()
@@ -184,14 +195,14 @@ def train_adamw(setting: Setting, images: Images, epochs: int, seed: int) -> dic
     return {"mean": at_the_mean(network), **({"sampled": sampled} if rate else {})}
 
 
-def train_ivon(setting: Setting, images: Images, epochs: int, seed: int) -> dict[str, Predict]:
+def train_ivon(setting: Setting, images: Images, steps: int, seed: int) -> dict[str, Predict]:
     """IVON by its package, at the effective sample size of the training images."""
     import ivon  # type: ignore[import-untyped]
 
     network = mlp(784, HIDDEN, 10, seed=seed)
     torch.manual_seed(seed)
     optimizer = ivon.IVON(network.parameters(), ess=len(images.inputs), **setting)
-    fit(network, optimizer, images, epochs, seed, lambda: optimizer.sampled_params(train=True))
+    fit(network, optimizer, images, steps, seed, lambda: optimizer.sampled_params(train=True))
 
     def sampled(inputs: Tensor) -> Prediction:
         def draw() -> Tensor:
@@ -207,9 +218,9 @@ def train_ivon(setting: Setting, images: Images, epochs: int, seed: int) -> dict
 def train_gaussian(precision: str, prior_variance: float, fixed: Setting) -> Train:
     """Euler-Lagrange with one structure of the precision."""
 
-    def train(setting: Setting, images: Images, epochs: int, seed: int) -> dict[str, Predict]:
+    def train(setting: Setting, images: Images, steps: int, seed: int) -> dict[str, Predict]:
         network = clagrange.gaussianize(mlp(784, HIDDEN, 10, seed=seed), precision, prior_variance=prior_variance)
-        fit(network, EulerLagrange(network, **fixed, **setting), images, epochs, seed)
+        fit(network, EulerLagrange(network, **fixed, **setting), images, steps, seed)
         generator = torch.Generator().manual_seed(seed)
         kind: Setting = {"likelihood": "classification"}
         return {
@@ -257,13 +268,13 @@ def scores(prediction: Prediction, targets: Tensor) -> dict[str, float]:
     }
 
 
-def search(method: Method, training: Images, validation: Images, epochs: int) -> list[dict[str, Any]]:
+def search(method: Method, data: Data, steps: int) -> list[dict[str, Any]]:
     """Every setting once, with its likelihood on the validation images in each way to predict."""
     trials = []
     for setting in method.settings:
-        predictors = method.train(setting, training, epochs, 0)
+        predictors = method.train(setting, data.training, steps, 0)
         nll = {
-            name: scores(predict(validation.inputs), validation.targets)["nll"]
+            name: scores(predict(data.validation.inputs), data.validation.targets)["nll"]
             for name, predict in predictors.items()
         }
         trials.append({"setting": setting, "nll": nll})
@@ -271,12 +282,12 @@ def search(method: Method, training: Images, validation: Images, epochs: int) ->
     return trials
 
 
-def measure(predict: Predict, test: Images, others: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+def measure(predict: Predict, data: Data) -> dict[str, float]:
     """All figures of one network and one way to predict."""
-    prediction = predict(test.inputs)
-    figures = scores(prediction, test.targets)
+    prediction = predict(data.test.inputs)
+    figures = scores(prediction, data.test.targets)
     known = {"entropy": prediction.entropy, "information": prediction.mutual_information}
-    for name, (inputs, targets) in others.items():
+    for name, (inputs, targets) in data.others.items():
         other = predict(inputs)
         if targets is not None:
             figures[f"nll, {name}"] = scores(other, targets)["nll"]
@@ -291,14 +302,13 @@ def measure(predict: Predict, test: Images, others: dict[str, tuple[Tensor, Tens
 
 
 def run(
-    method: Method, setting: Setting, epochs: int, seeds: int, data: Any
+    method: Method, setting: Setting, steps: int, seeds: int, data: Data
 ) -> dict[str, list[dict[str, float]]]:
     """Figures by way to predict and seed; the seeds are not that of the search."""
-    training, test, others = data
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(1, seeds + 1):
-        for name, predict in method.train(setting, training, epochs, seed).items():
-            found.setdefault(name, []).append(measure(predict, test, others))
+        for name, predict in method.train(setting, data.training, steps, seed).items():
+            found.setdefault(name, []).append(measure(predict, data))
     return found
 
 
@@ -347,37 +357,48 @@ def against_the_best(results: dict[str, dict[str, list[dict[str, float]]]]) -> d
     return {"best": ", ".join(best), "differences": differences}
 
 
+def compare(names: list[str], steps: int, seeds: int, data: Data) -> dict[str, Any]:
+    """Search, measure and print, for one set of training images."""
+    found: dict[str, Any] = {"searches": {}, "settings": {}, "results": {}, "processor_seconds": {}}
+    for name in names:
+        if name == "IVON" and importlib.util.find_spec("ivon") is None:
+            found["skipped"] = {name: "the package ivon-opt is not installed"}
+            print("IVON: skipped, the package ivon-opt is not installed; pip install ivon-opt")
+            continue
+        print(f"{name}: nll on validation images", flush=True)
+        method, started = METHODS[name], time.process_time()
+        trials = search(method, data, steps)
+        best = min(trials, key=lambda trial: min(trial["nll"].values()))["setting"]
+        found["searches"][name], found["settings"][name] = trials, best
+        found["results"][name] = run(method, best, steps, seeds, data)
+        found["processor_seconds"][name] = time.process_time() - started
+        print(f"    best {best}; {found['processor_seconds'][name]:.0f} s of processor time in all", flush=True)
+    results = found["results"]
+    tables(results, data.others)
+    if {METHODS[name].ours for name in results} == {True, False}:
+        found["nll_minus_best_other"] = against_the_best(results)
+    return found
+
+
 def main() -> None:
-    """Search, measure, print, and store when asked to."""
+    """Measure, print, and store when asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=None, help="JSON file for the figures")
+    parser.add_argument("--training", type=int, nargs="+", default=[2000], help="numbers of training images")
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     root = os.environ.get("CLAGRANGE_DATA", "data")
     training, validation, test = mnist(root)
-    data = training, test, shifted(test, root)
-    figures: dict[str, Any] = {"environment": environment(), "seeds": chosen.seeds, "epochs": chosen.epochs}
-    results, searches, seconds = {}, {}, {}
-    for name in chosen.methods:
-        if name == "IVON" and importlib.util.find_spec("ivon") is None:
-            figures["skipped"] = {"IVON": "the package ivon-opt is not installed"}
-            print("IVON: skipped, the package ivon-opt is not installed; pip install ivon-opt")
-            continue
-        method, started = METHODS[name], time.process_time()
-        print(f"{name}: negative log-likelihood on validation images", flush=True)
-        searches[name] = search(method, training, validation, chosen.epochs)
-        best = min(searches[name], key=lambda trial: min(trial["nll"].values()))
-        results[name] = run(method, best["setting"], chosen.epochs, chosen.seeds, data)
-        seconds[name] = time.process_time() - started
-        print(f"    best {best['setting']}; {seconds[name]:.0f} s of processor time in all", flush=True)
-    tables(results, data[2])
-    figures |= {"searches": searches, "results": results, "processor_seconds": seconds}
-    if any(not METHODS[name].ours for name in results) and any(METHODS[name].ours for name in results):
-        figures["likelihood"] = against_the_best(results)
+    others = shifted(test, root)
+    figures: dict[str, Any] = {"environment": environment(), "seeds": chosen.seeds, "steps": chosen.steps}
+    for count in chosen.training:
+        print(f"\n{count:,} training images, {chosen.steps:,} steps")
+        data = Data(training.part(slice(count)), validation, test, others)
+        figures[f"{count} training images"] = compare(chosen.methods, chosen.steps, chosen.seeds, data)
     if chosen.store is not None:
         with replacing(chosen.store) as partial:
             partial.write_text(json.dumps(figures, indent=1) + "\n")
