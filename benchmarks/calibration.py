@@ -238,17 +238,17 @@ def grid(**numbers: list[float]) -> list[Setting]:
 
 
 METHODS = {
-    "AdamW": Method(train_adamw, grid(lr=[1e-3, 3e-3], weight_decay=[0.01, 0.1, 1.0])),
-    "MC-dropout": Method(train_adamw, grid(lr=[1e-3, 3e-3], weight_decay=[0.1], dropout=[0.05, 0.1, 0.2])),
+    "AdamW": Method(train_adamw, grid(lr=[3e-3, 1e-2], weight_decay=[0.1, 0.3, 1.0])),
+    "MC-dropout": Method(train_adamw, grid(lr=[1e-2], weight_decay=[0.1, 0.3, 1.0], dropout=[0.1, 0.3])),
     "IVON": Method(train_ivon, grid(lr=[0.1, 0.3, 1.0], hess_init=[0.1, 0.5], weight_decay=[1e-4])),
     "Euler-Lagrange, diagonal": Method(
-        train_gaussian("diagonal", 0.2, {"variance_rate": 5e-3, "trust_region": 0.3}),
-        grid(lr=[6e-4, 2e-3], temperature=[1e-7, 1e-6, 1e-5]),
+        train_gaussian("diagonal", 0.3, {"variance_rate": 0.02, "trust_region": 0.25}),
+        grid(lr=[6e-3, 1.4e-2], temperature=[5e-7, 1e-6, 2e-6]),
         ours=True,
     ),
     "Euler-Lagrange, Kronecker": Method(
-        train_gaussian("kronecker", 1.0, {"variance_rate": 0.01, "trust_region": 0.1, "prior_pull": 0.1}),
-        grid(lr=[3e-3, 6e-3], temperature=[1e-6, 1e-5, 1e-4]),
+        train_gaussian("kronecker", 0.3, {"variance_rate": 0.01, "trust_region": 0.4}),
+        grid(lr=[5e-3, 1.2e-2], temperature=[2e-7, 4e-7, 1e-6]),
         ours=True,
     ),
 }

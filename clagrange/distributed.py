@@ -19,10 +19,38 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
     return total / process_count()
 
 
-def gathered(rows: Tensor) -> Tensor:
-    """The rows (..., n, width) of all processes, one after the other: (..., processes·n, width)."""
+def total_over_processes(counts: list[int], device: torch.device) -> list[int]:
+    """Numbers of examples, each added over all processes, which may have different ones."""
+    if process_count() == 1:
+        return counts
+    total = torch.tensor(counts, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def everywhere(answer: bool, device: torch.device) -> bool:
+    """Whether it is true in all processes."""
+    if process_count() == 1:
+        return answer
+    least = torch.tensor(int(answer), device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return bool(least)
+
+
+def gathered(*rows: Tensor) -> tuple[Tensor, ...]:
+    """The rows (..., n, width) of all processes, one after the other: (..., processes·n, width).
+
+    Tensors that are given together have the same n. Where processes have different ones, rows of zeros fill up.
+    """
     if process_count() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(process_count())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts, -2)
+    most = torch.tensor(rows[0].shape[-2], device=rows[0].device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    missing = int(most) - rows[0].shape[-2]
+    joined = []
+    for part in rows:
+        own = torch.cat([part, part.new_zeros(*part.shape[:-2], missing, part.shape[-1])], -2)
+        parts = [torch.empty_like(own) for _ in range(process_count())]
+        dist.all_gather(parts, own)
+        joined.append(torch.cat(parts, -2))
+    return tuple(joined)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clagrange.distributed import gathered, mean_over_processes, process_count
+from clagrange.distributed import everywhere, gathered, mean_over_processes, process_count
 from clagrange.gaussian.kronecker import Factors, KroneckerPrecision, LowRank
 from clagrange.gaussian.precision import DiagonalPrecision
 
@@ -40,13 +40,13 @@ class Observer(ABC):
         """Add the rows of one backward pass."""
 
     @abstractmethod
-    def curvature(self, gradient: Tensor, examples: int, unit: float = 1.0) -> Any:
+    def curvature(self, gradient: Tensor, examples: int, summed: float | None = None) -> Any:
         """The estimate, averaged over the processes of a group; None if nothing was seen.
 
         Args:
             gradient: of the mean loss, of the joint mean's shape.
             examples: n of this process.
-            unit: what the gradients of the outputs are to be multiplied with to be those of the mean loss.
+            summed: for a loss that is a sum over examples, the mean of n over processes; None for a mean.
         """
 
 
@@ -78,7 +78,7 @@ class FactorObserver(Observer):
     def clear(self) -> None:
         """Forget what was seen."""
         self._count = 0
-        self._rows: LowRank | None = None  # all rows, while they are few
+        self._rows: tuple[Tensor, Tensor] | None = None  # x and d of all rows, while they are few
         self._sums: tuple[Tensor, Tensor] | None = None  # else their products
         self._probe: Tensor | None = None  # the gradient that they make, times a fixed vector
 
@@ -99,13 +99,17 @@ class FactorObserver(Observer):
         self._count += d.shape[-2]
         self._keeping = not one_hot and self._sums is None and self.precision.keeps(self._count)
         if self._keeping:
-            kept = LowRank(x, d)
-            self._rows = kept if self._rows is None else LowRank(*map(_joined, self._rows, kept))
+            if self._rows is not None:
+                x, d = (torch.cat(parts, -2) for parts in zip(self._rows, (x, d), strict=True))
+            self._rows = x, d
             return
+        self._sum_rows()
+        self._add_products(x, d)
+
+    def _sum_rows(self) -> None:
         if self._rows is not None:
             self._add_products(*self._rows)
             self._rows = None
-        self._add_products(x, d)
 
     def _add_products(self, x: Tensor, d: Tensor) -> None:
         if not self.precision.observes:
@@ -120,34 +124,35 @@ class FactorObserver(Observer):
             outputs, inputs = self._sums[0] + outputs, self._sums[1] + inputs
         self._sums = (outputs, inputs)
 
-    def curvature(self, gradient: Tensor, examples: int, unit: float = 1.0) -> Factors | LowRank | None:
-        """The factors, or rows with G = dᵀd and A = xᵀx; of a multiplied gradient, G by that number squared."""
-        if not self.precision.observes or self._probe is None:
+    def curvature(self, gradient: Tensor, examples: int, summed: float | None = None) -> Factors | LowRank | None:
+        """The factors, or the rows that they are made of; of a multiplied gradient, G by that number squared.
+
+        Rows say that they are the gradient too where that is certain.
+        """
+        if self._probe is None:
             return None
-        scale, _ = self._proportion(gradient, unit)
-        factor = (scale * (unit * examples**0.5))[..., None, None]
+        if not everywhere(self._rows is not None, gradient.device):
+            self._sum_rows()
+            if self._sums is None:
+                return None
+        n, unit = _units(examples, summed)
+        positions, processes = self._count / examples, process_count()
+        scale, error = _proportion(gradient, mean_over_processes(self._probe) * unit)
         if self._rows is not None:
-            x, d = (gathered(rows) for rows in self._rows)
-            return LowRank(x / (self._count * process_count()) ** 0.5, d * (factor / process_count() ** 0.5))
-        if self._sums is None:
-            return None
-        outputs, inputs = (mean_over_processes(part) for part in self._sums)
-        factor = factor.square() if outputs.dim() == gradient.dim() else factor.squeeze(-1).square()
-        return Factors(outputs * factor, inputs / self._count, self._count * process_count())
-
-    def low_rank(self, gradient: Tensor, unit: float = 1.0) -> LowRank | None:
-        """The gradient as dᵀx where that is known to be it, up to a number, and cheaper."""
-        if self._rows is None or not self.precision.prefers(self._rows):
-            return None
-        scale, error = self._proportion(gradient, unit)
-        if float(error.max()) > torch.finfo(gradient.dtype).eps ** 0.625:
-            return None
-        x, d = (gathered(rows) for rows in self._rows)
-        return LowRank(x, d * (scale * (unit / process_count()))[..., None, None])
-
-    def _proportion(self, gradient: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-        assert self._probe is not None
-        return _proportion(gradient, mean_over_processes(self._probe) * unit)
+            certain = float(error.max()) <= torch.finfo(gradient.dtype).eps ** 0.625
+            x, d = self._rows
+            d = d * (scale * (unit * (n / processes) ** 0.5))[..., None, None]
+            x, d = gathered(x / (n * positions * processes) ** 0.5, d)
+            return LowRank(x, d, share=positions**0.5 if certain else None)
+        assert self._sums is not None
+        outputs, inputs = (
+            mean_over_processes(part * weight)
+            for part, weight in zip(self._sums, (n * unit**2, 1.0 / (n * positions)), strict=True)
+        )
+        square = scale.square()[..., None]
+        if outputs.dim() == gradient.dim():
+            square = square[..., None]
+        return Factors(outputs * square, inputs, processes * self._count)
 
 
 class PerExampleObserver(Observer):
@@ -189,12 +194,13 @@ class PerExampleObserver(Observer):
         self._squares = squares if self._squares is None else self._squares + squares
         self._probe = probe if self._probe is None else self._probe + probe
 
-    def curvature(self, gradient: Tensor, examples: int, unit: float = 1.0) -> Tensor | None:
+    def curvature(self, gradient: Tensor, examples: int, summed: float | None = None) -> Tensor | None:
         """The mean of squares; of a multiplied gradient, by that number squared."""
         if self._squares is None or self._probe is None:
             return None
+        n, unit = _units(examples, summed)
         squares, probe = (
-            mean_over_processes(tensor) for tensor in (self._squares * (examples * unit**2), self._probe * unit)
+            mean_over_processes(tensor) for tensor in (self._squares * (n * unit**2), self._probe * unit)
         )
         scale, _ = _proportion(gradient.reshape(squares.shape), probe)
         return (squares * scale.square()[..., None, None]).reshape(gradient.shape)
@@ -259,10 +265,11 @@ class VarianceObserver(Observer):
         matrix = self._matrix(gradient)
         return (matrix @ _signs(matrix)).unsqueeze(-1)
 
-    def curvature(self, gradient: Tensor, examples: int, unit: float = 1.0) -> Tensor | None:
+    def curvature(self, gradient: Tensor, examples: int, summed: float | None = None) -> Tensor | None:
         """The estimate; of a multiplied gradient, by the same number. None without a draw, as in evaluation."""
         if self._curvature is None or self._probe is None:
             return None
+        _, unit = _units(examples, summed)
         curvature, probe = (
             mean_over_processes(tensor) for tensor in (self._curvature * unit, self._probe * unit)
         )
@@ -313,8 +320,9 @@ def _fixed_signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (torch.sin(index * index * 12.9898 + 1.0) > 0).to(dtype) * 2.0 - 1.0
 
 
-def _joined(one: Tensor, other: Tensor) -> Tensor:
-    return torch.cat([one, other], -2)
+def _units(examples: int, summed: float | None) -> tuple[float, float]:
+    """n, and what the gradients of the outputs are to be multiplied with to be those of the mean loss."""
+    return (examples, 1.0) if summed is None else (summed, 1.0 / summed)
 
 
 def _proportion(gradient: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def damped_inverse(factor: Tensor, damping: Tensor, diagonal: bool) -> Tensor:
     return torch.cholesky_inverse(root)
 
 
-def follow(inverse: Tensor, rows: Tensor, share: float | Tensor) -> None:
+def follow(inverse: Tensor, rows: Tensor, share: float | Tensor) -> Tensor:
     """Make M⁻¹, in place, the inverse of (1 − share)·M + share·rowsᵀrows, by Woodbury's identity.
 
     With k rows it costs k·n² operations and k³, and no new inversion. Its error, relative to the new matrix, is
@@ -99,11 +99,15 @@ def follow(inverse: Tensor, rows: Tensor, share: float | Tensor) -> None:
     Args:
         inverse: M⁻¹, (..., n, n), contiguous.
         rows: (..., k, n).
-        share: in [0, 1]; a number, or a tensor that broadcasts against ``inverse``.
+        share: in (0, 1]; a number, or a tensor that broadcasts against ``inverse``.
+
+    Returns:
+        The rows times the new inverse, (..., k, n).
 
     Example:
         >>> inverse = torch.eye(2)
         >>> follow(inverse, torch.tensor([[1.0, 0.0]]), 0.5)
+        tensor([[1., 0.]])
         >>> inverse
         tensor([[1., 0.],
                 [0., 2.]])
@@ -116,15 +120,18 @@ def follow(inverse: Tensor, rows: Tensor, share: float | Tensor) -> None:
     own.add_(odds.reciprocal().squeeze(-1) if odds.dim() else odds.reciprocal())
     root = torch.linalg.cholesky_ex(inner).L
     half = torch.linalg.solve_triangular(root, projected, upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(root.mT, half, upper=True) / share
     if not isinstance(share, Tensor) and bool(safe.all()):
         grown = 1.0 / (1.0 - share)
     else:
         kept = torch.where(safe, 1.0 - share, 1.0)
+        solved = torch.where(safe, solved, projected)
         half = torch.where(safe, half * kept.rsqrt(), 0.0)
         inverse.div_(kept)
         grown = 1.0
     flat, half = (tensor.view(-1, *tensor.shape[-2:]) for tensor in (inverse, half.contiguous()))
     torch.baddbmm(flat, half.mT, half, beta=grown, alpha=-grown, out=flat)
+    return solved
 
 
 def right_product(matrix: Tensor, factor: Tensor, diagonal: bool) -> Tensor:

@@ -20,20 +20,27 @@ from clagrange.gaussian.factors import (
 )
 from clagrange.gaussian.precision import Precision
 
+_EXAMPLES = 16
+"""Examples of a batch for which the factors are observed once, by default."""
 _SMALL = 256
 """Width up to which a factor is inverted at every step where batches have no fewer rows."""
+_COUNTERS = {"interval": int, "since_observation": int, "since_refresh": int, "due": bool, "stale": bool}
 
 
 class LowRank(NamedTuple):
-    """A gradient dᵀx as the rows that made it.
+    """What was seen of the factors, as the rows of a small batch: Ĝ = dᵀd and Â = xᵀx.
 
     Attributes:
         x: (..., N, in).
         d: (..., N, out).
+        examples: of the batch, over all processes, by which the default interval of observations goes.
+        share: the number with which the gradient of the step is share·dᵀx; None where that is not known.
     """
 
     x: Tensor
     d: Tensor
+    examples: int = 1
+    share: float | None = None
 
 
 class Factors(NamedTuple):
@@ -43,11 +50,13 @@ class Factors(NamedTuple):
         outputs: Ĝ, or its diagonal.
         inputs: Â, or its diagonal.
         rows: the number of rows of which they are sums.
+        examples: of the batch, over all processes, by which the default interval of observations goes.
     """
 
     outputs: Tensor
     inputs: Tensor
     rows: int
+    examples: int = 1
 
 
 class KroneckerPrecision(Precision):
@@ -83,8 +92,10 @@ class KroneckerPrecision(Precision):
         prior_variance: σ_p², in squared units of the weight; a number or a tensor of shape (R,).
         stacked: whether the first dimension of ``mean`` is that of replicas.
         damping: "factored" or "exact".
-        observe_every: steps from one observation of the factors to the next.
-        refresh_every: steps from one inversion of the factors to the next.
+        observe_every: steps from one observation of the factors to the next; None for as many as the last
+            batch had 16 examples: 1 up to a batch of 31, 4 at 64.
+        refresh_every: steps from one inversion of the factors to the next; None for 50 where the inverses follow
+            what is observed in between (of small batches, on a CPU, with factored damping), and 10 elsewhere.
         diagonal_inputs: keep only the diagonal of A: exact where inputs are one-hot, and what is left where a
             layer is too wide for a full factor.
         diagonal_outputs: keep only the diagonal of G.
@@ -124,15 +135,16 @@ class KroneckerPrecision(Precision):
         prior_variance: Number = 1.0,
         stacked: bool = False,
         damping: str = "factored",
-        observe_every: int = 1,
-        refresh_every: int = 10,
+        observe_every: int | None = None,
+        refresh_every: int | None = None,
         diagonal_inputs: bool = False,
         diagonal_outputs: bool = False,
     ) -> None:
         super().__init__(mean, prior_mean, prior_variance, stacked)
         check_choice("damping", damping, ("factored", "exact"))
-        check_count("observe_every", observe_every)
-        check_count("refresh_every", refresh_every)
+        for name, interval in (("observe_every", observe_every), ("refresh_every", refresh_every)):
+            if interval is not None:
+                check_count(name, interval)
         self.damping = damping
         self.observe_every = observe_every
         self.refresh_every = refresh_every
@@ -148,18 +160,23 @@ class KroneckerPrecision(Precision):
         if damping == "exact":
             self.register_buffer("solver_spectrum", torch.ones(mean.shape, dtype=dtype, device=device))
         self._seen: Factors | LowRank | None = None
+        self._rows: LowRank | None = None  # of the last step
+        self._followed: dict[str, Tensor] = {}  # the inverses applied to these, where they followed them
+        self._interval = 1  # the first step is observed
         self._since_observation = 0
-        self._since_refresh = refresh_every  # due at once
+        self._since_refresh = 0
+        self._due = True  # whatever the interval
+        self._stale = False  # whether an inverse has not followed its factor since
         self._axes: tuple[Any, Eigen, Eigen] | None = None
 
     # ------------------------------------------------------------------------------------------- learning
     @property
     def observes(self) -> bool:
         """Whether the factors of the next step are wanted."""
-        return (self._since_observation + 1) % self.observe_every == 0
+        return self._since_observation + 1 >= self._interval
 
     def observe(self, curvature: Factors | LowRank | None, decay: Number = 0.0) -> None:
-        """Note the factors of a batch, or rows d and x with G = dᵀd and A = xᵀx, for `relax`.
+        """Note the factors of a batch, or its rows, for `relax` and `displacement`.
 
         ``decay`` has no part in it: there is no belief beside the factors.
         """
@@ -171,13 +188,17 @@ class KroneckerPrecision(Precision):
         An observation that is not finite changes nothing (in that replica).
         """
         self.temperature.copy_(torch.as_tensor(per_replica(temperature, self.temperature), dtype=torch.float64))
+        seen, wanted = self._seen, self.observes
+        self._seen = None
+        self._rows = seen if isinstance(seen, LowRank) else None
+        self._followed = {}
         self._since_observation += 1
-        if self._seen is None:
+        if seen is None or not wanted:
             return
         share = 1.0 - (1.0 - fraction) ** self._since_observation
         self._since_observation = 0
-        seen, self._seen = self._seen, None
-        due = self._since_refresh + 1 >= self.refresh_every
+        self._interval = self.observe_every or max(1, seen.examples // _EXAMPLES)
+        due = self._refreshes
         usable = self._finite(seen)
         for side in ("outputs", "inputs"):
             if isinstance(seen, LowRank):
@@ -185,23 +206,35 @@ class KroneckerPrecision(Precision):
             else:
                 part, count, rows = getattr(seen, side), seen.rows, False
             followed = self._move(getattr(self, side), part, share, rows, usable)
-            if self.damping == "factored" and not due and not self.consolidated:
-                self._follow(side, part if followed else None, share, count)
+            if not due:
+                self._stale |= not self._follow(side, part if followed else None, share, count)
 
-    def _follow(self, side: str, rows: Tensor | None, share: Number, count: int) -> None:
+    def _follow(self, side: str, rows: Tensor | None, share: Number, count: int) -> bool:
         """Keep the inverse of a factor current where that costs no more than to observe the factor.
 
         By the rows of a small batch; of a small factor by inversion. Otherwise, and on a GPU, where looking
         whether rows are finite would wait for it, inverses stay as they are until the refresh.
+
+        Returns:
+            Whether it is current.
         """
         factor, solver = getattr(self, side), getattr(self, f"{side[:-1]}_solver")
         diagonal = self._diagonal(side)
-        if factor.device.type != "cpu":
-            return
+        if factor.device.type != "cpu" or self.damping != "factored" or self.consolidated:
+            return False
         if diagonal or factor.shape[-1] <= min(count, _SMALL):
             solver.copy_(damped_inverse(factor, getattr(self, f"{side[:-1]}_damping"), diagonal))
         elif rows is not None:
-            follow(solver, rows, per_replica(share, factor))
+            self._followed[side] = follow(solver, rows, per_replica(share, factor))
+        else:
+            return False
+        return True
+
+    @property
+    def _refreshes(self) -> bool:
+        """Whether the factors are inverted in the next step."""
+        interval = self.refresh_every or (10 if self._stale else 50)
+        return self._due or self._since_refresh + 1 >= interval
 
     def _finite(self, seen: Factors | LowRank) -> Tensor:
         """Whether both factors of an observation are finite: one answer, or shape (R,).
@@ -229,16 +262,22 @@ class KroneckerPrecision(Precision):
         """
         full = factor.dim() == self.prior_precision.dim()
         fine = factor.device.type == "cpu" and bool(usable.all())  # elsewhere to look would be to wait
-        if rows and full and fine and not isinstance(share, Tensor):
+        share = per_replica(share, factor)
+        if rows and full and fine:
+            if isinstance(share, Tensor):
+                factor.mul_(1.0 - share)
+                seen, kept, added = seen * share.sqrt(), 1.0, 1.0
+            else:
+                kept, added = 1.0 - share, share
             flat, many = (tensor.view(-1, *tensor.shape[-2:]) for tensor in (factor, seen.contiguous()))
-            torch.baddbmm(flat, many.mT, many, beta=1.0 - share, alpha=share, out=flat)
+            torch.baddbmm(flat, many.mT, many, beta=kept, alpha=added, out=flat)
             return True
         if rows:
             seen = seen.mT @ seen if full else seen.square().sum(-2)
         if not fine:
             usable = usable.view(*usable.shape, *[1] * (factor.dim() - usable.dim()))
             seen = torch.where(usable, seen, factor)
-        weight = torch.as_tensor(per_replica(share, factor), dtype=factor.dtype, device=factor.device)
+        weight = torch.as_tensor(share, dtype=factor.dtype, device=factor.device)
         factor.lerp_(seen.to(factor.dtype), weight)
         return rows and fine
 
@@ -252,7 +291,6 @@ class KroneckerPrecision(Precision):
         discount: Number = math.inf,
         trust_region: Number = math.inf,
         prior_pull: Number = 1.0,
-        low_rank: LowRank | None = None,
     ) -> Tensor:
         """−φ(G ⊗ A + δ)⁻¹(g + TP(μ − μ_p)), at most ``trust_region`` posterior standard deviations.
 
@@ -264,12 +302,9 @@ class KroneckerPrecision(Precision):
         steps in between.
 
         At first nothing holds a weight but the prior, and steps are long: leave the bound finite.
-
-        Args:
-            low_rank: the same gradient as the rows of a small batch, with which the products are cheaper.
         """
-        self._since_refresh += 1
-        refreshed = self._since_refresh >= self.refresh_every
+        refreshed, steps = self._refreshes, self._since_refresh + 1
+        self._since_refresh = steps
         if refreshed:
             self._refresh(temperature)
         fraction = per_replica(relaxation_fraction(lr, discount), gradient)
@@ -282,7 +317,10 @@ class KroneckerPrecision(Precision):
             pull = prior_pull * temperature * self._times_prior(mean - self.prior_mean)
         if exact and pull is not None:
             gradient = gradient + pull
-        step = self._apply_solver(gradient) if low_rank is None else self._apply_to_rows(low_rank)
+        rows, self._rows = self._rows, None
+        step = None if rows is None else self._apply_to_rows(rows)
+        if step is None:
+            step = self._apply_solver(gradient)
         first = int(self.stacked)
         power = torch.linalg.vecdot(step.flatten(first), gradient.flatten(first)).clamp(min=0.0)
         power = power.view(*power.shape, *[1] * (step.dim() - first)) / math.prod(step.shape[first:])
@@ -290,11 +328,12 @@ class KroneckerPrecision(Precision):
         tiny = torch.finfo(length.dtype).tiny
         step = step.mul_(-fraction * (bound / length.clamp(min=tiny)).clamp(max=1.0))
         if refreshed and not exact and pull is not None:
-            step -= (1.0 - (1.0 - fraction) ** self.refresh_every) * self._apply_solver(pull)
+            step -= (1.0 - (1.0 - fraction) ** steps) * self._apply_solver(pull)
         return step
 
     def _refresh(self, temperature: Number) -> None:
-        self._since_refresh = 0
+        self._since_refresh, self._due, self._stale = 0, False, False
+        self._followed = {}
         damping = per_replica(temperature, self.prior_precision) * self.prior_precision
         if self.damping == "exact":
             rows, columns = self._eigen()
@@ -321,14 +360,20 @@ class KroneckerPrecision(Precision):
         ]
         return self.inputs.device.type == "cpu" and any(count < size for size in sides)
 
-    def prefers(self, rows: LowRank) -> bool:
-        """Whether a step is cheaper by the rows of a batch than by the gradient."""
-        count, columns, outputs = rows.x.shape[-2], rows.x.shape[-1], rows.d.shape[-1]
-        cheaper = count * (columns**2 + outputs**2 + columns * outputs) < columns * outputs * (columns + outputs)
-        return cheaper and not any(self.diagonal_sides) and self.damping == "factored"
-
-    def _apply_to_rows(self, rows: LowRank) -> Tensor:
-        return (rows.d @ self.output_solver).mT @ (rows.x @ self.input_solver)
+    def _apply_to_rows(self, rows: LowRank) -> Tensor | None:
+        """share·(d G̃⁻¹)ᵀ(x Ã⁻¹) with the damped factors, where that is the step and the cheaper way to it."""
+        if rows.share is None or any(self.diagonal_sides) or self.damping != "factored":
+            return None
+        count, sizes = rows.x.shape[-2], {"outputs": rows.d.shape[-1], "inputs": rows.x.shape[-1]}
+        unsolved = sum(size**2 for side, size in sizes.items() if side not in self._followed)
+        product = math.prod(sizes.values())
+        if count * (unsolved + product) >= product * sum(sizes.values()):
+            return None
+        d, x = (
+            self._followed[side] if side in self._followed else part @ getattr(self, f"{side[:-1]}_solver")
+            for side, part in (("outputs", rows.d), ("inputs", rows.x))
+        )
+        return (d * rows.share).mT @ x
 
     def _apply_solver(self, gradient: Tensor) -> Tensor:
         rows, columns = self._diagonal("outputs"), self._diagonal("inputs")
@@ -386,7 +431,7 @@ class KroneckerPrecision(Precision):
         for side, mask in (("outputs", rows), ("inputs", columns)):
             if mask is not None:
                 self._fade(getattr(self, side), side, mask, fraction)
-        self._since_refresh = self.refresh_every
+        self._due = True
 
     def _fade(self, factor: Tensor, side: str, mask: Tensor, fraction: Number) -> None:
         """factor ← D·factor·D with D = √(1 − fraction) where ``mask`` is true, 1 elsewhere."""
@@ -407,9 +452,7 @@ class KroneckerPrecision(Precision):
         """
         if mask is None:
             self._return_to_origin()
-            for factor in (self.inputs, self.outputs):
-                factor.zero_()
-            self._since_refresh = self.refresh_every
+            self._forget()
             return
         mask = mask.expand(self.shape)
         rows, columns = mask.all(-1), mask.all(-2)
@@ -420,6 +463,13 @@ class KroneckerPrecision(Precision):
             covered = rows.unsqueeze(-1) | columns.unsqueeze(-2)
             self.prior_mean.copy_(torch.where(covered, self.origin[0], self.prior_mean))
 
+    def _forget(self) -> None:
+        """G ⊗ A ← 0, to be observed and inverted in the next step."""
+        self.outputs.zero_()
+        self.inputs.zero_()
+        self._interval, self._since_observation = 1, 0
+        self._due = True
+
     # ------------------------------------------------------------------------------------------- the prior
     def consolidate(self, mean: Tensor, weight: Number = 1.0) -> None:
         """μ_p ← mean, G_p ⊗ A_p ← weight·(S − 1/σ_p²), G ⊗ A ← 0."""
@@ -428,9 +478,7 @@ class KroneckerPrecision(Precision):
         self._centre_prior(mean)
         self.prior_outputs = per_replica(weight, outputs) * outputs
         self.prior_inputs = inputs.clone()
-        self.outputs.zero_()
-        self.inputs.zero_()
-        self._since_refresh = self.refresh_every
+        self._forget()
 
     def kl(self, mean: Tensor) -> Tensor:
         """KL divergence from N(mean, S⁻¹) to the prior, in nats: a number, or shape (R,).
@@ -509,12 +557,12 @@ class KroneckerPrecision(Precision):
 
     def get_extra_state(self) -> dict[str, int]:
         """Where the intervals stand."""
-        return {"since_observation": self._since_observation, "since_refresh": self._since_refresh}
+        return {name: int(getattr(self, f"_{name}")) for name in _COUNTERS}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Restore what `get_extra_state` gave."""
-        self._since_observation = state["since_observation"]
-        self._since_refresh = state["since_refresh"]
+        for name, kind in _COUNTERS.items():
+            setattr(self, f"_{name}", kind(state[name]))
 
     def extra_repr(self) -> str:
         """Sizes of the factors, and how they are used."""

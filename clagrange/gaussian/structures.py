@@ -99,8 +99,9 @@ class Kronecker(Structure):
 
     Args:
         damping: "factored" or "exact".
-        observe_every: steps between observations of the factors.
-        refresh_every: steps between inversions of the factors.
+        observe_every: steps from one observation of the factors to the next; None for one in 16 examples.
+        refresh_every: steps from one inversion of the factors to the next; None for 50 where inverses follow the
+            factors in between, and 10 elsewhere.
         widest: of a side wider than this only the diagonal of its factor is kept; a full factor of n inputs takes
             2·n² numbers and n³ operations to invert.
         sampling: what layers are at in training: "mean", or a draw for every "batch". A draw takes the
@@ -114,8 +115,8 @@ class Kronecker(Structure):
     """
 
     damping: str = "factored"
-    observe_every: int = 1
-    refresh_every: int = 10
+    observe_every: int | None = None
+    refresh_every: int | None = None
     widest: int = 4096
     sampling: str = "mean"
     antithetic: bool = False
@@ -125,7 +126,8 @@ class Kronecker(Structure):
         """Check the settings."""
         check_choice("damping", self.damping, ("factored", "exact"))
         for name in ("observe_every", "refresh_every", "widest"):
-            check_count(name, getattr(self, name))
+            if name == "widest" or getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         check_choice("sampling", self.sampling, ("mean", "batch"))
 
     def precision(

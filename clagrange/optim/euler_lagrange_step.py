@@ -9,7 +9,6 @@ from clagrange._checks import Number, per_replica
 from clagrange.dynamics import relaxation_fraction
 from clagrange.dynamics.beliefs import averaging_weights
 from clagrange.gaussian import DiagonalPrecision, GaussianBlock, Precision
-from clagrange.gaussian.kronecker import LowRank
 from clagrange.optim.diagonal_step import StepSettings, best_form, diagonal_step
 from clagrange.optim.motion import foreach_widen, motion_resistance, widened_precision
 
@@ -21,7 +20,6 @@ class Block(NamedTuple):
         gaussian: the parameters and their precision, both changed in place.
         moving: names of the parameters that the optimizer has and that have a gradient.
         gradient: of the mean loss per example, of the shape of the joint mean.
-        low_rank: the gradient by the rows of a small batch, where that is known.
         curvature: what an observer saw; None leaves the squared gradient.
         examples: behind the gradient.
         state: of the optimizer; holds the velocity where the motion term is on.
@@ -30,7 +28,6 @@ class Block(NamedTuple):
     gaussian: GaussianBlock
     moving: tuple[str, ...]
     gradient: Tensor
-    low_rank: LowRank | None
     curvature: Any
     examples: int
     state: dict[str, Any]
@@ -113,8 +110,6 @@ def _step_one(
         if curvature is None:
             curvature = squared_gradient(block.gradient, block.examples)
         curvature = curvature * per_replica(gain, curvature)
-    else:
-        settings["low_rank"] = block.low_rank
     precision.observe(curvature, decay)
     precision.relax(group["temperature"], fraction)
     step = precision.displacement(block.gaussian.joint_mean(), block.gradient, **settings)

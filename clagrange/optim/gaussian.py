@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clagrange._checks import check_choice, check_fraction, check_replicas
-from clagrange.distributed import process_count
+from clagrange.distributed import process_count, total_over_processes
 from clagrange.gaussian import GaussianBlock, GaussianLayer, Precision, owner_of
-from clagrange.gaussian.curvature import FactorObserver, VarianceObserver
-from clagrange.gaussian.kronecker import LowRank
+from clagrange.gaussian.curvature import VarianceObserver
+from clagrange.gaussian.kronecker import Factors, LowRank
 from clagrange.optim.euler_lagrange_step import Block
 from clagrange.optim.stacked import adam_step, restore_state
 
@@ -94,7 +94,12 @@ class GaussianOptimizer(Optimizer, ABC):
                 _, names = moving.get(gaussian.precision, (gaussian, ()))
                 moving[gaussian.precision] = (gaussian, (*names, name))
             if moving:
-                blocks = [self._block(gaussian, names, group) for gaussian, names in moving.values()]
+                counts = [_examples(gaussian, group) for gaussian, _ in moving.values()]
+                totals = total_over_processes(counts, parameter.device)
+                blocks = [
+                    self._block(gaussian, names, group, own, total)
+                    for (gaussian, names), own, total in zip(moving.values(), counts, totals, strict=True)
+                ]
                 self._step_blocks(blocks, group)
         if not found:
             raise RuntimeError(_NO_GAUSSIAN)
@@ -102,37 +107,35 @@ class GaussianOptimizer(Optimizer, ABC):
             layer.clear_examples()
         return loss
 
-    def _block(self, gaussian: GaussianBlock, moving: tuple[str, ...], group: dict[str, Any]) -> Block:
-        """What a step needs of a block, in units of the mean loss per example."""
+    def _block(
+        self, gaussian: GaussianBlock, moving: tuple[str, ...], group: dict[str, Any], own: int, total: int
+    ) -> Block:
+        """What a step needs of a block, in units of the mean loss per example.
+
+        Gradients are the mean over processes: of the means over their own examples, or of sums.
+        """
         layer, names, _ = gaussian
-        reduction = group["loss_reduction"]
-        examples = layer.positions if reduction == "position_mean" else layer.examples
-        if examples == 0:
-            shape = tuple(layer.get_parameter(names[0]).shape)
-            raise RuntimeError(
-                f"parameter {names[0]!r} of a {type(layer).__name__} of shape {shape} has a gradient, but the "
-                f"layer saw no example since the last step; run forward and backward through the layer, or set "
-                f"layer.examples"
-            )
+        summed = total / process_count() if group["loss_reduction"] == "sum" else None
         gradients = [
             torch.zeros_like(mean) if mean.grad is None or name not in moving else mean.grad
             for name, mean in zip(names, gaussian.means, strict=True)
         ]
         gradient = gaussian.joint(gradients)
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        if reduction == "sum":
-            gradient = gradient / examples
+        if summed is not None:
+            gradient = gradient / summed
         observer = layer.observation_of(names[0])
-        unit = 1.0 / examples if reduction == "sum" else 1.0
-        curvature = None if observer is None else observer.curvature(gradient, examples, unit)
-        low_rank = observer.low_rank(gradient, unit) if isinstance(observer, FactorObserver) else None
+        curvature = None if observer is None else observer.curvature(gradient, own, summed)
+        if isinstance(curvature, Factors | LowRank):
+            curvature = curvature._replace(examples=total)
         if group["maximize"]:
             gradient = -gradient
-            low_rank = None if low_rank is None else LowRank(low_rank.x, -low_rank.d)
-            if isinstance(observer, VarianceObserver) and curvature is not None:
+            if isinstance(curvature, LowRank) and curvature.share is not None:
+                curvature = curvature._replace(share=-curvature.share)
+            elif isinstance(observer, VarianceObserver) and isinstance(curvature, Tensor):
                 curvature = -curvature
         state = self.state[gaussian.means[0]] if group.get("motion") else {}
-        return Block(gaussian, moving, gradient, low_rank, curvature, examples * process_count(), state)
+        return Block(gaussian, moving, gradient, curvature, total, state)
 
     @abstractmethod
     def _check(self, group: dict[str, Any]) -> None:
@@ -141,6 +144,20 @@ class GaussianOptimizer(Optimizer, ABC):
     @abstractmethod
     def _step_blocks(self, blocks: list[Block], group: dict[str, Any]) -> None:
         """Step blocks with the settings of their group."""
+
+
+def _examples(gaussian: GaussianBlock, group: dict[str, Any]) -> int:
+    """The number of examples behind the gradient of a block."""
+    layer, names, _ = gaussian
+    examples = layer.positions if group["loss_reduction"] == "position_mean" else layer.examples
+    if examples == 0:
+        shape = tuple(layer.get_parameter(names[0]).shape)
+        raise RuntimeError(
+            f"parameter {names[0]!r} of a {type(layer).__name__} of shape {shape} has a gradient, but the "
+            f"layer saw no example since the last step; run forward and backward through the layer, or set "
+            f"layer.examples"
+        )
+    return examples
 
 
 def _check_shared_settings(group: dict[str, Any]) -> None:

@@ -450,8 +450,8 @@ class EulerLagrangeKronecker(Method):
         prior_pull: share of the prior's force that acts on the mean.
         discount: γ per step.
         damping: "factored" or "exact".
-        observe_every: steps between observations of the factors.
-        refresh_every: steps between inversions of the factors.
+        observe_every: steps between observations of the factors; null for the layers' default.
+        refresh_every: steps between inversions of the factors; null for the layers' default.
     """
 
     source = "Vastola, Gershman, Rajan (2025), section 6, with the factors of Martens and Grosse (2015)"
@@ -463,8 +463,8 @@ class EulerLagrangeKronecker(Method):
     prior_pull: float = 0.1
     discount: float = math.inf
     damping: str = "factored"
-    observe_every: int = 1
-    refresh_every: int = 20
+    observe_every: int | None = None
+    refresh_every: int | None = None
 
     def prepare(self, network: nn.Module, seeds: int | Sequence[int]) -> None:
         """Make the network Gaussian."""

@@ -47,14 +47,14 @@ def rows_of(seed: int, leading: tuple[int, ...] = (), examples: int = 10) -> Low
         / math.sqrt(examples)
         for size in (COLUMNS, ROWS)
     )
-    return LowRank(x, d)
+    return LowRank(x, d, examples)
 
 
 def observation(
     seed: int, leading: tuple[int, ...] = (), diagonal_inputs: bool = False, diagonal_outputs: bool = False
 ) -> Factors:
     """The factors of the same batch."""
-    x, d = rows_of(seed, leading)
+    x, d, *_ = rows_of(seed, leading)
     return Factors(
         d.square().sum(-2) if diagonal_outputs else d.mT @ d,
         x.square().sum(-2) if diagonal_inputs else x.mT @ x,
@@ -350,8 +350,14 @@ def test_rows_of_a_small_batch_give_the_same_step() -> None:
     mean, precision = learned()
     x, d = torch.randn(2, COLUMNS, dtype=torch.float64), torch.randn(2, ROWS, dtype=torch.float64)
     settings = {"lr": 0.1, "temperature": T, "trust_region": 0.2}
-    step = copy.deepcopy(precision).displacement(mean, d.T @ x, **settings)
-    close(precision.displacement(mean, d.T @ x, low_rank=LowRank(x, d), **settings), step)
+    other = copy.deepcopy(precision)
+    for _ in range(3):  # with inverses made anew, then with such as have followed the rows
+        steps = []
+        for each, share in ((precision, 3.0), (other, None)):
+            each.observe(LowRank(x, d / 3, share=share))
+            each.relax(T, 0.1)
+            steps.append(each.displacement(mean, d.T @ x, **settings))
+        close(*steps)
 
 
 # ---------------------------------------------------------------------------------------------- trust region
@@ -484,12 +490,12 @@ def test_between_the_inverses_follow_a_few_rows(leading: tuple[int, ...]) -> Non
     """By Woodbury's identity, with the damping fading like what was seen before."""
     mean, precision = learned(leading=leading)
     precision.displacement(mean, mean, lr=0.1, temperature=T)
-    x, d = rows_of(7, leading, examples=2)
+    x, d, *_ = rows_of(7, leading, examples=2)
     expected = [
         torch.linalg.inv(0.9 * torch.linalg.inv(inverse) + 0.1 * rows.mT @ rows)
         for inverse, rows in zip(inverses(precision), (d, x), strict=True)
     ]
-    precision.observe(LowRank(x, d))
+    precision.observe(LowRank(x, d, 2))
     precision.relax(T, 0.1)
     for inverse, followed in zip(inverses(precision), expected, strict=True):
         close(inverse, followed)
@@ -504,8 +510,8 @@ def test_between_inversions_the_factored_step_knows_the_gradient_only() -> None:
     alone, pull = (times(factored_covariance(precision), vec(x)) for x in (gradient, mean - precision.prior_mean))
     for step in between:
         close(vec(step) * 1e6, -alone, 1e-5)
-    for step in (first, again):
-        close(vec(step) * 1e6, -alone - 3 * 0.5 * DELTA * pull, 1e-5)
+    for step, steps in ((first, 1), (again, 3)):
+        close(vec(step) * 1e6, -alone - steps * 0.5 * DELTA * pull, 1e-5)
 
 
 @pytest.mark.parametrize("damping", ["factored", "exact"])

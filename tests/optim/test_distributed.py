@@ -26,16 +26,19 @@ CASES = [(structure, reduction) for structure in STRUCTURES for reduction in ("m
 STEPS = 12
 
 
-def run(structure: str, reduction: str, rank: int | None) -> dict[str, Any]:
-    """Train on the whole of each batch (rank None), or on the half of a process."""
+def run(structure: str, reduction: str, rank: int | None, first: int = 4) -> dict[str, Any]:
+    """Train on the whole of each batch (rank None), on its first examples (rank 0) or on the others.
+
+    Units are replaced where the parts are equal: else their utilities are means of means.
+    """
     net = gaussianize(
         mlp(rank or 0), STRUCTURES[structure]
     )  # processes start apart: DistributedDataParallel takes rank 0's weights
     model: nn.Module = net if rank is None else DistributedDataParallel(net)
-    optimizer = EulerLagrange(net, lr=0.05, temperature=1e-3, loss_reduction=reduction)
-    method = ContinualBackprop(replacement_rate=0.2, maturity=3)
+    optimizer = EulerLagrange(net, lr=0.05, temperature=1e-3, trust_region=0.3, loss_reduction=reduction)
+    method = ContinualBackprop(replacement_rate=0.2 * (first == 4), maturity=3)
     method.on_start(net, optimizer)
-    part = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
+    part = {None: slice(None), 0: slice(first), 1: slice(first, None)}[rank]
     for step in range(STEPS):
         inputs, targets = batch(step, size=8)
         optimizer.zero_grad()
@@ -51,6 +54,7 @@ def worker(rank: int, folder: str) -> None:
     try:
         mean = mean_over_processes(torch.tensor([float(rank)]))
         results = {"-".join(case): run(*case, rank) for case in CASES}
+        results |= {f"uneven-{'-'.join(case)}": run(*case, rank, first=3) for case in CASES}
         torch.save({"count": process_count(), "half": mean, **results}, Path(folder, str(rank)))
     finally:
         dist.destroy_process_group()
@@ -67,13 +71,21 @@ def test_two_processes_equal_the_joint_batch(tmp_path: Path) -> None:
     assert first["count"] == second["count"] == 2
     assert first["half"] == second["half"] == 0.5
     for case in CASES:
-        parts, joint = first["-".join(case)], run(*case, None)
-        assert_same_tensors(second["-".join(case)], parts)
-        assert set(parts) == set(joint)
-        for name, value in joint.items():
-            if case[0] != "exact" or not name.endswith("_solver"):
-                assert_same_tensors(parts[name], value, rtol=1e-9, atol=1e-9)
+        name, joint = "-".join(case), run(*case, None)
+        assert_equal_to_joint(first[name], second[name], joint, case[0])
         assert (joint["2.weight"] == 0).any()  # a unit was replaced at the end
+        # of unequal parts, the mean of means is not the mean, but the sum of sums is the sum
+        uneven = first[f"uneven-{name}"]
+        joint = run(*case, None, first=3) if case[1] == "sum" else uneven
+        assert_equal_to_joint(uneven, second[f"uneven-{name}"], joint, case[0])
+
+
+def assert_equal_to_joint(first: Any, second: Any, joint: dict[str, Any], structure: str) -> None:
+    assert_same_tensors(second, first)
+    assert set(first) == set(joint)
+    for name, value in joint.items():
+        if structure != "exact" or not name.endswith("_solver"):
+            assert_same_tensors(first[name], value, rtol=1e-9, atol=1e-9)
 
 
 def test_one_process_is_its_own_mean() -> None:
