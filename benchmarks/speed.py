@@ -1,4 +1,4 @@
-"""Speed of the Euler-Lagrange step beside AdamW's, and of batched replicas beside single networks.
+"""Speed of the Euler-Lagrange step and of training beside AdamW's, and of batched replicas beside single networks.
 
     python benchmarks/speed.py [--store benchmarks/speed.json]
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import clagrange
+from clagrange.gaussian import Diagonal, Kronecker
 from clagrange.networks import mlp
 from clagrange.optim import EulerLagrange
 from clagrange.study.engine import Run
@@ -103,6 +104,51 @@ def optimizer_steps(width: int, repetitions: int) -> dict[str, float]:
     return medians(steps, repetitions)
 
 
+STEPS = 20
+"""Training steps that are timed together: as many as a Kronecker precision takes from one inversion to the next."""
+
+
+def training_steps(repetitions: int) -> dict[str, float]:
+    """Seconds of one training step of a 784-1024-1024-10 network at batch 64.
+
+    The floor is the forward and backward pass alone.
+    """
+    inputs, targets = torch.rand(64, 784), torch.randint(10, (64,))
+
+    def trainer(network: nn.Module, optimizer: Any = None) -> Callable[[], None]:
+        def steps() -> None:
+            for _ in range(STEPS):
+                network.zero_grad()
+                torch.nn.functional.cross_entropy(network(inputs), targets).backward()
+                if optimizer is not None:
+                    optimizer.step()
+
+        return steps
+
+    def network() -> nn.Module:
+        return mlp(784, [1024, 1024], 10, seed=0)
+
+    def gaussian(precision: Any, **settings: Any) -> Callable[[], None]:
+        net = clagrange.gaussianize(network(), precision=precision)
+        return trainer(net, EulerLagrange(net, temperature=1e-4, trust_region=0.1, **settings))
+
+    nets = [network() for _ in range(3)]
+    actions = {
+        "AdamW": trainer(nets[0], torch.optim.AdamW(nets[0].parameters())),
+        "AdamW fused": trainer(nets[1], torch.optim.AdamW(nets[1].parameters(), fused=True)),
+        "Euler-Lagrange diagonal": gaussian("diagonal", lr=1e-4, variance_rate=1e-2),
+        "Euler-Lagrange diagonal, weights drawn for every batch": gaussian(
+            Diagonal(sampling="batch"), lr=1e-4, variance_rate=1e-2
+        ),
+        "Euler-Lagrange Kronecker": gaussian("kronecker", lr=6e-3, variance_rate=1e-2),
+        "Euler-Lagrange Kronecker, observed at every step": gaussian(
+            Kronecker(observe_every=1), lr=6e-3, variance_rate=1e-2
+        ),
+        "floor": trainer(nets[2]),
+    }
+    return {name: seconds / STEPS for name, seconds in medians(actions, repetitions).items()}
+
+
 def replica_rates(tasks: int) -> dict[str, float]:
     """Model-steps per second of the engine, one network and five."""
     rates = {}
@@ -151,7 +197,18 @@ def main() -> None:
             f"  {name:55s} {1e3 * seconds:8.1f} ms   {seconds / reference:6.2f} x AdamW fused   "
             f"{seconds / floor:6.2f} x floor"
         )
+    print("  numbers kept beside a weight and its gradient: AdamW 2, Euler-Lagrange 2, IVON 2")
     figures["optimizer_step_seconds"] = steps
+
+    steps = training_steps(chosen.repetitions)
+    reference, fused, floor = steps["AdamW"], steps["AdamW fused"], steps["floor"]
+    print("Training step of a 784-1024-1024-10 network at batch 64; the floor is forward and backward pass alone")
+    for name, seconds in steps.items():
+        print(
+            f"  {name:55s} {1e3 * seconds:8.1f} ms   {seconds / reference:6.2f} x AdamW   "
+            f"{seconds / fused:6.2f} x AdamW fused   {seconds / floor:6.2f} x floor"
+        )
+    figures["training_step_seconds"] = steps
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

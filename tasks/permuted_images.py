@@ -14,10 +14,10 @@ from clagrange.tasks.base import Task, TaskStream
 
 
 class PermutedImages(TaskStream):
-    """Each task shows the first training images of a file with one new permutation of their pixels.
+    """Each task shows the same training images of a file with one new permutation of their pixels.
 
     The protocol of `PermutedMNIST` on other images. All colours of a pixel are permuted by themselves, as further
-    inputs.
+    inputs. Archives are often sorted by class: the images are chosen at random, the same for every seed.
 
     Args:
         file: an .npz archive with ``x_train`` (images, channels, height, width) of uint8 and ``y_train``
@@ -67,7 +67,7 @@ class PermutedImages(TaskStream):
 
 @functools.cache
 def _images(file: Path, pool: int) -> tuple[Tensor, Tensor]:
-    """Inputs (images, values) in [0, 1] and targets (images,)."""
+    """Inputs (images, values) in [0, 1] and targets (images,), in a fixed order of no meaning."""
     if not file.is_file():
         raise FileNotFoundError(
             f"file: expected an .npz archive of images, found none at {file.resolve()}; give its path, or its "
@@ -85,5 +85,6 @@ def _images(file: Path, pool: int) -> tuple[Tensor, Tensor]:
             f"file: expected x_train (images, channels, height, width) of uint8 and as many y_train, got "
             f"{tuple(images.shape)} of {images.dtype} and {len(targets)} in {file}"
         )
-    pooled = torch.nn.functional.avg_pool2d(images.float().div_(255.0), pool)
-    return pooled.flatten(1), targets.long()
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+    pooled = torch.nn.functional.avg_pool2d(images[order].float().div_(255.0), pool)
+    return pooled.flatten(1), targets[order].long()

@@ -24,7 +24,7 @@ _EXAMPLES = 16
 """Examples of a batch for which the factors are observed once, by default."""
 _SMALL = 256
 """Width up to which a factor is inverted at every step where batches have no fewer rows."""
-_COUNTERS = {"interval": int, "since_observation": int, "since_refresh": int, "due": bool, "stale": bool}
+_COUNTERS = {"interval": int, "since_observation": int, "since_refresh": int, "due": bool}
 
 
 class LowRank(NamedTuple):
@@ -94,8 +94,9 @@ class KroneckerPrecision(Precision):
         damping: "factored" or "exact".
         observe_every: steps from one observation of the factors to the next; None for as many as the last
             batch had 16 examples: 1 up to a batch of 31, 4 at 64.
-        refresh_every: steps from one inversion of the factors to the next; None for 50 where the inverses follow
-            what is observed in between (of small batches, on a CPU, with factored damping), and 10 elsewhere.
+        refresh_every: steps from one inversion of the factors to the next. Between them the inverses follow the
+            rows of small batches (on a CPU, with factored damping), while the damping fades like what was seen
+            before, by (1 − r)^refresh_every: refresh sooner where r is large.
         diagonal_inputs: keep only the diagonal of A: exact where inputs are one-hot, and what is left where a
             layer is too wide for a full factor.
         diagonal_outputs: keep only the diagonal of G.
@@ -136,15 +137,15 @@ class KroneckerPrecision(Precision):
         stacked: bool = False,
         damping: str = "factored",
         observe_every: int | None = None,
-        refresh_every: int | None = None,
+        refresh_every: int = 20,
         diagonal_inputs: bool = False,
         diagonal_outputs: bool = False,
     ) -> None:
         super().__init__(mean, prior_mean, prior_variance, stacked)
         check_choice("damping", damping, ("factored", "exact"))
-        for name, interval in (("observe_every", observe_every), ("refresh_every", refresh_every)):
-            if interval is not None:
-                check_count(name, interval)
+        if observe_every is not None:
+            check_count("observe_every", observe_every)
+        check_count("refresh_every", refresh_every)
         self.damping = damping
         self.observe_every = observe_every
         self.refresh_every = refresh_every
@@ -166,7 +167,6 @@ class KroneckerPrecision(Precision):
         self._since_observation = 0
         self._since_refresh = 0
         self._due = True  # whatever the interval
-        self._stale = False  # whether an inverse has not followed its factor since
         self._axes: tuple[Any, Eigen, Eigen] | None = None
 
     # ------------------------------------------------------------------------------------------- learning
@@ -207,34 +207,27 @@ class KroneckerPrecision(Precision):
                 part, count, rows = getattr(seen, side), seen.rows, False
             followed = self._move(getattr(self, side), part, share, rows, usable)
             if not due:
-                self._stale |= not self._follow(side, part if followed else None, share, count)
+                self._follow(side, part if followed else None, share, count)
 
-    def _follow(self, side: str, rows: Tensor | None, share: Number, count: int) -> bool:
+    def _follow(self, side: str, rows: Tensor | None, share: Number, count: int) -> None:
         """Keep the inverse of a factor current where that costs no more than to observe the factor.
 
         By the rows of a small batch; of a small factor by inversion. Otherwise, and on a GPU, where looking
         whether rows are finite would wait for it, inverses stay as they are until the refresh.
-
-        Returns:
-            Whether it is current.
         """
         factor, solver = getattr(self, side), getattr(self, f"{side[:-1]}_solver")
         diagonal = self._diagonal(side)
         if factor.device.type != "cpu" or self.damping != "factored" or self.consolidated:
-            return False
+            return
         if diagonal or factor.shape[-1] <= min(count, _SMALL):
             solver.copy_(damped_inverse(factor, getattr(self, f"{side[:-1]}_damping"), diagonal))
         elif rows is not None:
             self._followed[side] = follow(solver, rows, per_replica(share, factor))
-        else:
-            return False
-        return True
 
     @property
     def _refreshes(self) -> bool:
         """Whether the factors are inverted in the next step."""
-        interval = self.refresh_every or (10 if self._stale else 50)
-        return self._due or self._since_refresh + 1 >= interval
+        return self._due or self._since_refresh + 1 >= self.refresh_every
 
     def _finite(self, seen: Factors | LowRank) -> Tensor:
         """Whether both factors of an observation are finite: one answer, or shape (R,).
@@ -332,7 +325,7 @@ class KroneckerPrecision(Precision):
         return step
 
     def _refresh(self, temperature: Number) -> None:
-        self._since_refresh, self._due, self._stale = 0, False, False
+        self._since_refresh, self._due = 0, False
         self._followed = {}
         damping = per_replica(temperature, self.prior_precision) * self.prior_precision
         if self.damping == "exact":

@@ -100,8 +100,7 @@ class Kronecker(Structure):
     Args:
         damping: "factored" or "exact".
         observe_every: steps from one observation of the factors to the next; None for one in 16 examples.
-        refresh_every: steps from one inversion of the factors to the next; None for 50 where inverses follow the
-            factors in between, and 10 elsewhere.
+        refresh_every: steps from one inversion of the factors to the next.
         widest: of a side wider than this only the diagonal of its factor is kept; a full factor of n inputs takes
             2·n² numbers and n³ operations to invert.
         sampling: what layers are at in training: "mean", or a draw for every "batch". A draw takes the
@@ -109,14 +108,14 @@ class Kronecker(Structure):
         antithetic: give every second pass the negative of the noise of the one before it.
 
     Example:
-        >>> net = clagrange.gaussianize(nn.Linear(8, 4), precision=Kronecker(refresh_every=20))
+        >>> net = clagrange.gaussianize(nn.Linear(8, 4), precision=Kronecker(refresh_every=10))
         >>> type(net.weight_precision).__name__
         'KroneckerPrecision'
     """
 
     damping: str = "factored"
     observe_every: int | None = None
-    refresh_every: int | None = None
+    refresh_every: int = 20
     widest: int = 4096
     sampling: str = "mean"
     antithetic: bool = False
@@ -126,7 +125,7 @@ class Kronecker(Structure):
         """Check the settings."""
         check_choice("damping", self.damping, ("factored", "exact"))
         for name in ("observe_every", "refresh_every", "widest"):
-            if name == "widest" or getattr(self, name) is not None:
+            if getattr(self, name) is not None or name != "observe_every":
                 check_count(name, getattr(self, name))
         check_choice("sampling", self.sampling, ("mean", "batch"))
 

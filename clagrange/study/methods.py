@@ -443,7 +443,7 @@ class EulerLagrangeKronecker(Method):
 
     Args:
         lr: fraction of the way to equilibrium covered in one step.
-        temperature: T = τ/k; about one over the examples of a task.
+        temperature: T = τ/k; a quarter to all of one over the examples of a task.
         prior_variance: of the weights, in units of the initialisation variance.
         variance_rate: fraction by which the factors relax in one step; null ties it to lr.
         trust_region: bound on a step of a layer, in posterior standard deviations (root mean square).
@@ -451,12 +451,12 @@ class EulerLagrangeKronecker(Method):
         discount: γ per step.
         damping: "factored" or "exact".
         observe_every: steps between observations of the factors; null for the layers' default.
-        refresh_every: steps between inversions of the factors; null for the layers' default.
+        refresh_every: steps between inversions of the factors.
     """
 
     source = "Vastola, Gershman, Rajan (2025), section 6, with the factors of Martens and Grosse (2015)"
     lr: float = 6e-3
-    temperature: float = 3e-4
+    temperature: float = 1e-4
     prior_variance: float = 1.0
     variance_rate: float | None = 1e-2
     trust_region: float = 0.1
@@ -464,7 +464,7 @@ class EulerLagrangeKronecker(Method):
     discount: float = math.inf
     damping: str = "factored"
     observe_every: int | None = None
-    refresh_every: int | None = None
+    refresh_every: int = 20
 
     def prepare(self, network: nn.Module, seeds: int | Sequence[int]) -> None:
         """Make the network Gaussian."""
