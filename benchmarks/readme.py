@@ -1,8 +1,9 @@
-"""Put the tables, the findings and the picture of a finished demo into the README.
+"""Put the tables, the findings and the picture of finished studies into the README.
 
-    python benchmarks/readme.py runs/demo
+    python benchmarks/readme.py runs/demo [runs/permuted ...]
 
-Keeps the summary and the picture in benchmarks/demo.
+A study goes between the marks of its folder's name. Its summary and picture are kept in the folder of that name
+here.
 """
 
 import json
@@ -16,18 +17,22 @@ from clagrange.study.runner import Folder, stored_results
 from clagrange.study.summary import markdown
 
 ROOT = Path(__file__).parents[1]
-KEPT = ROOT / "benchmarks" / "demo"
 
 
 def main(run: Path) -> None:
-    """Copy what is kept and rewrite the part of the README between the demo's marks."""
+    """Copy what is kept and rewrite the part of the README between the study's marks."""
+    name, readme = run.resolve().name, ROOT / "README.md"
+    marks = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+    if not re.search(marks, readme.read_text(), flags=re.S):
+        sys.exit(f"{run}: expected a study whose name has marks in the README, got {name!r}")
     summary = json.loads((run / "summary.json").read_text())
     if summary["status"] != "complete":
-        sys.exit(f"{run}: expected a complete study, got status {summary['status']!r}; run make demo")
-    KEPT.mkdir(exist_ok=True)
-    for name in ("summary.json", "accuracy.png"):
-        shutil.copyfile(run / name, KEPT / name)
-    parts = [markdown(summary).strip(), "![online accuracy by task](benchmarks/demo/accuracy.png)"]
+        sys.exit(f"{run}: expected a complete study, got status {summary['status']!r}; go on with it by --resume")
+    kept = ROOT / "benchmarks" / name
+    kept.mkdir(exist_ok=True)
+    for file in ("summary.json", "accuracy.png"):
+        shutil.copyfile(run / file, kept / file)
+    parts = [markdown(summary).strip(), f"![online accuracy by task](benchmarks/{name}/accuracy.png)"]
     for stream in summary["streams"]:
         runs = [(stream["name"], method["name"]) for method in stream["methods"]]
         said = findings(stream, stored_results(Folder(run), runs))
@@ -35,12 +40,11 @@ def main(run: Path) -> None:
     machine = summary["environment"]
     parts.append(f"Measured on {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}.")
     section = "\n\n".join(parts)
-    readme = ROOT / "README.md"
-    marks = r"(<!-- demo:begin -->\n).*?(<!-- demo:end -->)"
     readme.write_text(re.sub(marks, lambda m: f"{m[1]}\n{section}\n\n{m[2]}", readme.read_text(), flags=re.S))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    for argument in sys.argv[1:]:
+        main(Path(argument))

@@ -1,4 +1,4 @@
-"""Speed of the Euler-Lagrange step and of training beside AdamW's, and of batched replicas beside single networks.
+"""Speed of the Euler-Lagrange step and of training beside AdamW's, and of replicas beside single networks.
 
     python benchmarks/speed.py [--store benchmarks/speed.json]
 
@@ -105,7 +105,7 @@ def optimizer_steps(width: int, repetitions: int) -> dict[str, float]:
 
 
 STEPS = 20
-"""Training steps that are timed together: as many as a Kronecker precision takes from one inversion to the next."""
+"""Training steps that are timed together: a Kronecker precision is inverted once in as many."""
 
 
 def training_steps(repetitions: int) -> dict[str, float]:

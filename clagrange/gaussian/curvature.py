@@ -72,8 +72,11 @@ class FactorObserver(Observer):
 
     @property
     def wanted(self) -> bool:
-        """As often as the precision observes; always where the rows of a batch are few enough to be kept."""
-        return self.precision.observes or self._keeping
+        """As often as the precision observes; always where the rows of a batch are few enough to be kept.
+
+        Of several processes some might keep rows and some not, so that none does in between.
+        """
+        return self.precision.observes or (self._keeping and process_count() == 1)
 
     def clear(self) -> None:
         """Forget what was seen."""

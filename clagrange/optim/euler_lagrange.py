@@ -9,8 +9,8 @@ from torch import nn
 
 from clagrange._checks import Number, check_choice, check_fraction, check_number, check_positive
 from clagrange.dynamics.beliefs import Belief, as_belief, as_numbers
-from clagrange.optim.euler_lagrange_step import Block, step_blocks
-from clagrange.optim.gaussian import GaussianOptimizer
+from clagrange.optim.euler_lagrange_step import step_blocks
+from clagrange.optim.gaussian import Block, GaussianOptimizer
 
 
 class EulerLagrange(GaussianOptimizer):

@@ -1,6 +1,6 @@
 """One step of the Euler-Lagrange rule for a group of parameters: block by block, or by multi-tensor kernels."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,34 +8,10 @@ from torch import Tensor
 from clagrange._checks import Number, per_replica
 from clagrange.dynamics import relaxation_fraction
 from clagrange.dynamics.beliefs import averaging_weights
-from clagrange.gaussian import DiagonalPrecision, GaussianBlock, Precision
+from clagrange.gaussian import DiagonalPrecision
 from clagrange.optim.diagonal_step import StepSettings, best_form, diagonal_step
+from clagrange.optim.gaussian import Block
 from clagrange.optim.motion import foreach_widen, motion_resistance, widened_precision
-
-
-class Block(NamedTuple):
-    """Gaussian parameters that share a precision, in a step.
-
-    Attributes:
-        gaussian: the parameters and their precision, both changed in place.
-        moving: names of the parameters that the optimizer has and that have a gradient.
-        gradient: of the mean loss per example, of the shape of the joint mean.
-        curvature: what an observer saw; None leaves the squared gradient.
-        examples: behind the gradient.
-        state: of the optimizer; holds the velocity where the motion term is on.
-    """
-
-    gaussian: GaussianBlock
-    moving: tuple[str, ...]
-    gradient: Tensor
-    curvature: Any
-    examples: int
-    state: dict[str, Any]
-
-    @property
-    def precision(self) -> Precision:
-        """The precision of the block."""
-        return self.gaussian.precision
 
 
 def squared_gradient(gradient: Tensor, examples: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,37 @@ from clagrange.distributed import process_count, total_over_processes
 from clagrange.gaussian import GaussianBlock, GaussianLayer, Precision, owner_of
 from clagrange.gaussian.curvature import VarianceObserver
 from clagrange.gaussian.kronecker import Factors, LowRank
-from clagrange.optim.euler_lagrange_step import Block
 from clagrange.optim.stacked import adam_step, restore_state
 
 _NO_GAUSSIAN = (
     "params: expected at least one Gaussian parameter, got none; call clagrange.gaussianize(net) first, and "
     "copy or unpickle an optimizer together with its network"
 )
+
+
+class Block(NamedTuple):
+    """Gaussian parameters that share a precision, in a step.
+
+    Attributes:
+        gaussian: the parameters and their precision, both changed in place.
+        moving: names of the parameters that the optimizer has and that have a gradient.
+        gradient: of the mean loss per example, of the shape of the joint mean.
+        curvature: what an observer saw; None leaves the squared gradient.
+        examples: behind the gradient.
+        state: of the optimizer; holds the velocity where the motion term is on.
+    """
+
+    gaussian: GaussianBlock
+    moving: tuple[str, ...]
+    gradient: Tensor
+    curvature: Any
+    examples: int
+    state: dict[str, Any]
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of the block."""
+        return self.gaussian.precision
 
 
 class GaussianOptimizer(Optimizer, ABC):

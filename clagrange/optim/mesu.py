@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from clagrange._checks import Number, check_count, check_number, check_positive, per_replica
 from clagrange.gaussian import DiagonalPrecision
-from clagrange.optim.euler_lagrange_step import Block
-from clagrange.optim.gaussian import GaussianOptimizer, drawn_curvature, require_draws
+from clagrange.optim.gaussian import Block, GaussianOptimizer, drawn_curvature, require_draws
 
 
 class MESU(GaussianOptimizer):

@@ -1,5 +1,6 @@
 """Two processes under DistributedDataParallel equal one process with the joint batch."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import assert_same_tensors, batch, mlp
+from cases import OPTIMIZERS, OptimizerCase, assert_same_tensors, batch, mlp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,13 +49,37 @@ def run(structure: str, reduction: str, rank: int | None, first: int = 4) -> dic
     return net.state_dict()
 
 
+def optimizer_state(case: OptimizerCase, rank: int) -> dict[str, Any]:
+    """What an optimizer makes of weights and of its own state; drawn weights differ between processes."""
+    net = case.network(rank)
+    optimizer = case.make(net)
+    model = DistributedDataParallel(net)
+    for step in range(6):
+        inputs, targets = batch(step, size=8)
+        part = slice(3) if rank == 0 else slice(3, None)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs[part]), targets[part]).backward()
+        optimizer.step()
+    weights = {
+        name: value for name, value in net.state_dict().items() if not name.endswith("sampler._extra_state")
+    }
+    return {"weights": weights, "state": optimizer.state_dict()["state"]}
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(minutes=2),
+    )
     try:
         mean = mean_over_processes(torch.tensor([float(rank)]))
         results = {"-".join(case): run(*case, rank) for case in CASES}
         results |= {f"uneven-{'-'.join(case)}": run(*case, rank, first=3) for case in CASES}
+        results |= {case.name: optimizer_state(case, rank) for case in OPTIMIZERS}
         torch.save({"count": process_count(), "half": mean, **results}, Path(folder, str(rank)))
     finally:
         dist.destroy_process_group()
@@ -63,6 +88,8 @@ def worker(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_equal_the_joint_batch(tmp_path: Path) -> None:
     """For mean and sum losses, with continual backprop replacing the same units in both processes.
+
+    Every optimizer, with drawn weights too, takes the same steps in both.
 
     Eigenvectors, which "exact" keeps, are compared by what is made of them: their signs are free.
     """
@@ -78,6 +105,8 @@ def test_two_processes_equal_the_joint_batch(tmp_path: Path) -> None:
         uneven = first[f"uneven-{name}"]
         joint = run(*case, None, first=3) if case[1] == "sum" else uneven
         assert_equal_to_joint(uneven, second[f"uneven-{name}"], joint, case[0])
+    for optimizer in OPTIMIZERS:
+        assert_same_tensors(second[optimizer.name], first[optimizer.name])
 
 
 def assert_equal_to_joint(first: Any, second: Any, joint: dict[str, Any], structure: str) -> None:
