@@ -1,4 +1,4 @@
-"""Put the tables, the findings and the picture of finished studies into the README.
+"""Put the tables, the findings and the picture of finished studies into the README or benchmarks/README.md.
 
     python benchmarks/readme.py runs/demo [runs/permuted ...]
 
@@ -20,11 +20,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def main(run: Path) -> None:
-    """Copy what is kept and rewrite the part of the README between the study's marks."""
-    name, readme = run.resolve().name, ROOT / "README.md"
+    """Copy what is kept and rewrite what stands between the study's marks."""
+    name = run.resolve().name
     marks = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
-    if not re.search(marks, readme.read_text(), flags=re.S):
-        sys.exit(f"{run}: expected a study whose name has marks in the README, got {name!r}")
+    texts = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+    text = next((text for text in texts if re.search(marks, text.read_text(), flags=re.S)), None)
+    if text is None:
+        sys.exit(f"{run}: expected a study whose name has marks in a README, got {name!r}")
     summary = json.loads((run / "summary.json").read_text())
     if summary["status"] != "complete":
         sys.exit(f"{run}: expected a complete study, got status {summary['status']!r}; go on with it by --resume")
@@ -32,7 +34,8 @@ def main(run: Path) -> None:
     kept.mkdir(exist_ok=True)
     for file in ("summary.json", "accuracy.png"):
         shutil.copyfile(run / file, kept / file)
-    parts = [markdown(summary).strip(), f"![online accuracy by task](benchmarks/{name}/accuracy.png)"]
+    picture = (kept / "accuracy.png").relative_to(text.parent)
+    parts = [markdown(summary).strip(), f"![online accuracy by task]({picture})"]
     for stream in summary["streams"]:
         runs = [(stream["name"], method["name"]) for method in stream["methods"]]
         said = findings(stream, stored_results(Folder(run), runs))
@@ -40,7 +43,7 @@ def main(run: Path) -> None:
     machine = summary["environment"]
     parts.append(f"Measured on {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}.")
     section = "\n\n".join(parts)
-    readme.write_text(re.sub(marks, lambda m: f"{m[1]}\n{section}\n\n{m[2]}", readme.read_text(), flags=re.S))
+    text.write_text(re.sub(marks, lambda m: f"{m[1]}\n{section}\n\n{m[2]}", text.read_text(), flags=re.S))
 
 
 if __name__ == "__main__":
