@@ -57,5 +57,6 @@ def consolidate(module: nn.Module, weight: Number = 1.0, *, layers: Sequence[str
     """
     check_nonnegative("weight", weight)
     check_replicas("weight", weight, replicas_of(module))
-    for _, block in gaussian_blocks(module, layers):
-        block.precision.consolidate(block.joint_mean(), weight)
+    with torch.inference_mode(False), torch.no_grad():  # the new prior outlives any inference mode
+        for _, block in gaussian_blocks(module, layers):
+            block.precision.consolidate(block.joint_mean(), weight)

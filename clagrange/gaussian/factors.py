@@ -99,7 +99,7 @@ def follow(inverse: Tensor, rows: Tensor, share: float | Tensor) -> Tensor:
     Args:
         inverse: M⁻¹, (..., n, n), contiguous.
         rows: (..., k, n).
-        share: in (0, 1]; a number, or a tensor that broadcasts against ``inverse``.
+        share: in (0, 1], or 0 in some replicas; a number, or a tensor that broadcasts against ``inverse``.
 
     Returns:
         The rows times the new inverse, (..., k, n).
@@ -116,7 +116,8 @@ def follow(inverse: Tensor, rows: Tensor, share: float | Tensor) -> Tensor:
     inner = projected @ rows.mT
     own = inner.diagonal(dim1=-2, dim2=-1)
     odds = torch.as_tensor(share / (1.0 - torch.as_tensor(share, dtype=inverse.dtype, device=inverse.device)))
-    safe = odds * own.sum(-1)[..., None, None] < 0.05 / torch.finfo(inverse.dtype).eps  # the trace is at least ρ
+    weight = odds * own.sum(-1)[..., None, None]  # the trace is at least ρ
+    safe = (odds > 0) & (weight < 0.05 / torch.finfo(inverse.dtype).eps)
     own.add_(odds.reciprocal().squeeze(-1) if odds.dim() else odds.reciprocal())
     root = torch.linalg.cholesky_ex(inner).L
     half = torch.linalg.solve_triangular(root, projected, upper=False)

@@ -92,8 +92,8 @@ class KroneckerPrecision(Precision):
         prior_variance: σ_p², in squared units of the weight; a number or a tensor of shape (R,).
         stacked: whether the first dimension of ``mean`` is that of replicas.
         damping: "factored" or "exact".
-        observe_every: steps from one observation of the factors to the next; None for as many as the last
-            batch had 16 examples: 1 up to a batch of 31, 4 at 64.
+        observe_every: steps from one observation of the factors to the next; None for one step for
+            every 16 examples of the last batch, at most ``refresh_every``: 1 up to a batch of 31, 4 at 64.
         refresh_every: steps from one inversion of the factors to the next. Between them the inverses follow the
             rows of small batches (on a CPU, with factored damping), while the damping fades like what was seen
             before, by (1 − r)^refresh_every: refresh sooner where r is large.
@@ -185,7 +185,7 @@ class KroneckerPrecision(Precision):
     def relax(self, temperature: Number, fraction: Number) -> None:
         """A ← A + r(Â − A) and G ← G + r(Ĝ − G), for every step since the last observation at once.
 
-        An observation that is not finite changes nothing (in that replica).
+        An observation that is not finite changes neither factor (in that replica).
         """
         self.temperature.copy_(torch.as_tensor(per_replica(temperature, self.temperature), dtype=torch.float64))
         seen, wanted = self._seen, self.observes
@@ -197,7 +197,9 @@ class KroneckerPrecision(Precision):
             return
         share = 1.0 - (1.0 - fraction) ** self._since_observation
         self._since_observation = 0
-        self._interval = self.observe_every or max(1, seen.examples // _EXAMPLES)
+        self._interval = self.observe_every or min(max(1, seen.examples // _EXAMPLES), self.refresh_every)
+        if not isinstance(share, Tensor) and share == 0.0:
+            return
         due = self._refreshes
         usable = self._finite(seen)
         for side in ("outputs", "inputs"):
@@ -314,15 +316,25 @@ class KroneckerPrecision(Precision):
         step = None if rows is None else self._apply_to_rows(rows)
         if step is None:
             step = self._apply_solver(gradient)
-        first = int(self.stacked)
-        power = torch.linalg.vecdot(step.flatten(first), gradient.flatten(first)).clamp(min=0.0)
-        power = power.view(*power.shape, *[1] * (step.dim() - first)) / math.prod(step.shape[first:])
+        self._followed = {}
+        power = self._product(step, gradient).clamp(min=0.0) / math.prod(step.shape[int(self.stacked) :])
         length = fraction * (power / temperature).sqrt()
         tiny = torch.finfo(length.dtype).tiny
         step = step.mul_(-fraction * (bound / length.clamp(min=tiny)).clamp(max=1.0))
         if refreshed and not exact and pull is not None:
-            step -= (1.0 - (1.0 - fraction) ** steps) * self._apply_solver(pull)
+            back, share = self._apply_solver(pull), 1.0 - (1.0 - fraction) ** steps
+            if self.consolidated:  # merged factors may understate P: no further than to the optimum along the way
+                held = prior_pull * temperature * self._times_prior(back)
+                optimum = self._product(back, pull) / self._product(back, held).clamp(min=tiny)
+                share = torch.minimum(optimum, torch.as_tensor(share, dtype=optimum.dtype, device=optimum.device))
+            step -= share * back
         return step
+
+    def _product(self, one: Tensor, other: Tensor) -> Tensor:
+        """The inner product of two matrices of weights, for each replica, to broadcast against them."""
+        first = int(self.stacked)
+        product: Tensor = torch.linalg.vecdot(one.flatten(first), other.flatten(first))
+        return product.view(*product.shape, *[1] * (one.dim() - first))
 
     def _refresh(self, temperature: Number) -> None:
         self._since_refresh, self._due = 0, False
@@ -555,7 +567,7 @@ class KroneckerPrecision(Precision):
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Restore what `get_extra_state` gave."""
         for name, kind in _COUNTERS.items():
-            setattr(self, f"_{name}", kind(state[name]))
+            setattr(self, f"_{name}", kind(state.get(name, getattr(self, f"_{name}"))))
 
     def extra_repr(self) -> str:
         """Sizes of the factors, and how they are used."""

@@ -119,7 +119,8 @@ class GaussianOptimizer(Optimizer, ABC):
                 moving[gaussian.precision] = (gaussian, (*names, name))
             if moving:
                 counts = [_examples(gaussian, group) for gaussian, _ in moving.values()]
-                totals = total_over_processes(counts, parameter.device)
+                device = next(iter(moving.values()))[0].means[0].device
+                totals = total_over_processes(counts, device)
                 blocks = [
                     self._block(gaussian, names, group, own, total)
                     for (gaussian, names), own, total in zip(moving.values(), counts, totals, strict=True)

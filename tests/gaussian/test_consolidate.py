@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 
@@ -487,6 +488,28 @@ def test_convolutions(structure: object, groups: int) -> None:
         optimizer.step()
     for _, block in gaussian_blocks(net):
         assert float(block.precision.kl(block.joint_mean())) > 0
+
+
+@pytest.mark.parametrize("lr", [0.006, 0.06, 2.0])
+def test_the_pull_of_a_consolidated_prior_brings_back_at_every_rate(lr: float) -> None:
+    """Also where one product stands for the sum of two that have nothing in common, and understates the prior."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.zeros(12, 20, dtype=torch.float64)
+    precision = KroneckerPrecision(mean, prior_variance=1.0, refresh_every=1)
+    for task, size in enumerate((1.0, 100.0)):
+        outputs, inputs = torch.zeros(12, 12, dtype=torch.float64), torch.zeros(20, 20, dtype=torch.float64)
+        outputs.diagonal()[4 * task : 4 * task + 4] = size
+        inputs.diagonal()[8 * task : 8 * task + 8] = size
+        precision.observe(Factors(outputs, inputs, 8))
+        precision.relax(1e-3, 1.0)
+        if task == 0:
+            precision.consolidate(mean)
+    away = torch.randn(12, 20, generator=generator, dtype=torch.float64)
+    distances = []
+    for _ in range(300):
+        away += precision.displacement(away, torch.zeros_like(away), lr=lr, temperature=1e-3)
+        distances.append(float((away * precision._times_prior(away)).sum()))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(distances))
 
 
 # ------------------------------------------------------------- what resets, widens and injects after it

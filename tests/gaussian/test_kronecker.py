@@ -501,6 +501,28 @@ def test_between_the_inverses_follow_a_few_rows(leading: tuple[int, ...]) -> Non
         close(inverse, followed)
 
 
+@pytest.mark.parametrize("fraction", [0.0, tensor(0.0, 0.1)], ids=["of all", "of a replica"])
+def test_a_rate_of_zero_leaves_factors_and_inverses(fraction: float | Tensor) -> None:
+    """As at the start of a warm-up or the end of a schedule."""
+    stacked = isinstance(fraction, Tensor)
+    shape = (2, ROWS, COLUMNS) if stacked else (ROWS, COLUMNS)
+    precision = KroneckerPrecision(torch.zeros(*shape, dtype=torch.float64), stacked=stacked)
+    rows, mean = rows_of(7, shape[:-2], 2)._replace(share=1.0), torch.zeros(*shape, dtype=torch.float64)
+    gradient, settings = rows.d.mT @ rows.x, {"lr": 0.1, "temperature": T, "trust_region": 0.5}
+    precision.observe(rows)
+    precision.relax(T, 0.1)
+    first = precision.displacement(mean, gradient, **settings)
+    before = copy.deepcopy(precision)
+    precision.observe(rows)
+    precision.relax(T, fraction)
+    step = precision.displacement(mean, gradient, **settings)
+    assert step.isfinite().all()
+    still = (slice(1),) if stacked else ()
+    close(step[still], first[still])
+    for name in ("inputs", "outputs", "input_solver", "output_solver"):
+        close(getattr(precision, name)[still], getattr(before, name)[still])
+
+
 def test_between_inversions_the_factored_step_knows_the_gradient_only() -> None:
     mean, precision = learned(refresh_every=3)
     gradient = torch.randn_like(mean)
