@@ -123,7 +123,11 @@ def _compare(chosen: Namespace, console: Console) -> int:
     if chosen.resume and chosen.overwrite:
         raise SettingsError("resume: expected without --overwrite, got both; choose one")
     study = load_study(
-        chosen.config, chosen.overrides, methods=_names(chosen.methods), streams=_names(chosen.streams)
+        chosen.config,
+        chosen.overrides,
+        methods=_names(chosen.methods),
+        streams=_names(chosen.streams),
+        left_out=lambda reason: print(f"clagrange: left out: {reason}", file=sys.stderr),
     )
     folder = Folder(Path(chosen.out or Path("runs") / Path(chosen.config).stem))
     folder.prepare(study, resume=chosen.resume, overwrite=chosen.overwrite)

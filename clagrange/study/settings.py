@@ -6,7 +6,7 @@ import importlib.resources
 import json
 import math
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,6 +106,7 @@ def load_study(
     *,
     methods: Sequence[str] | None = None,
     streams: Sequence[str] | None = None,
+    left_out: Callable[[str], None] | None = None,
 ) -> Study:
     """Read a study file, apply overrides, and check every setting.
 
@@ -115,6 +116,8 @@ def load_study(
             ``sgd.lr=0.1`` or ``permuted_digits.methods.sgd.lr=0.1``, and sets all places whose path ends so.
         methods: names of the methods to keep; default all.
         streams: names of the streams to keep; default all.
+        left_out: leave out methods that ``methods`` does not name and whose package is not installed, and tell
+            this function why; default: they are an error.
 
     Raises:
         SettingsError: with one line that names the setting, what was expected, and what came.
@@ -129,7 +132,7 @@ def load_study(
     kept = _chosen("methods", methods, list(dict.fromkeys(every_method)))
     found = {}
     for name in chosen:
-        stream_study = read_stream(name, tree["streams"][name], kept)
+        stream_study = read_stream(name, tree["streams"][name], kept, left_out if methods is None else None)
         if stream_study.methods:
             found[name] = stream_study
     if not found:
@@ -255,7 +258,9 @@ def stream_methods(body: Any) -> list[str]:
     return list(body["methods"]) if isinstance(body, dict) and isinstance(body.get("methods"), dict) else []
 
 
-def read_stream(name: str, body: Any, kept: Sequence[str]) -> StreamStudy:
+def read_stream(
+    name: str, body: Any, kept: Sequence[str], left_out: Callable[[str], None] | None = None
+) -> StreamStudy:
     """One stream of a study file."""
     where = f"streams.{name}"
     check_keys(where, body, {"stream", "hidden", "methods"}, {"methods"})
@@ -276,7 +281,12 @@ def read_stream(name: str, body: Any, kept: Sequence[str]) -> StreamStudy:
         if not isinstance(body["methods"][label], dict):
             raise SettingsError(f"{where}.methods.{label}: expected settings, got {body['methods'][label]!r}")
         values = dict(body["methods"][label])
-        methods[label] = construct(METHODS, values.pop("kind", label), values, f"{where}.methods.{label}")
+        try:
+            methods[label] = construct(METHODS, values.pop("kind", label), values, f"{where}.methods.{label}")
+        except SettingsError as error:
+            if left_out is None or not isinstance(error.__cause__, ModuleNotFoundError):
+                raise
+            left_out(str(error))
     return StreamStudy(name, kind, resolved, tuple(hidden), methods)
 
 

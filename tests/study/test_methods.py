@@ -1,5 +1,6 @@
 """The methods that a study compares: what each trains with, and what is measured at the mean."""
 
+import json
 import sys
 
 import pytest
@@ -156,7 +157,7 @@ def test_ivon_without_a_draw_is_refused():
         optimizer.step()
 
 
-def test_without_its_package_ivon_is_refused_in_one_line_before_anything_runs(tmp_path, capsys, monkeypatch):
+def test_without_its_package_ivon_is_left_out_and_refused_where_it_is_asked_for(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ivon", None)
     with pytest.raises(ModuleNotFoundError, match=r"ivon-opt.*pip install 'clagrange\[ivon\]'"):
         METHODS["ivon"]()
@@ -165,12 +166,19 @@ def test_without_its_package_ivon_is_refused_in_one_line_before_anything_runs(tm
     config = tmp_path / "study.yaml"
     config.write_text(yaml.safe_dump(study))
     out = tmp_path / "out"
-    assert main(["compare", str(config), "--out", str(out)]) == 2
+    command = ["compare", str(config), "--out", str(out), "--workers", "1"]
+    assert main([*command, "--methods", "sgd,ivon"]) == 2
     error = capsys.readouterr().err
     assert "permuted_digits.methods.ivon: " in error
     assert "pip install 'clagrange[ivon]'" in error
     assert error.count("\n") == 1
     assert not out.exists()
+    assert main(command) == 0
+    error = capsys.readouterr().err
+    assert "left out: streams.permuted_digits.methods.ivon: " in error
+    assert "pip install 'clagrange[ivon]'" in error
+    summary = json.loads((out / "summary.json").read_text())
+    assert [method["name"] for method in summary["streams"][0]["methods"]] == ["sgd"]
     assert main(["list", "methods"]) == 0
 
 
