@@ -164,6 +164,8 @@ class OptimizerCase:
     torch_form: Callable[..., Optimizer] | None = None
     options: list[dict[str, Any]] = field(default_factory=list)
     """Further settings, each to be run through the whole battery."""
+    whole: bool = False
+    """Whether it takes the network itself, not its parameters."""
 
     def network(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
         """A network of the kind that the optimizer wants."""
@@ -184,7 +186,7 @@ class OptimizerCase:
 
     def make(self, net: nn.Module | Any, **settings: Any) -> Optimizer:
         """The optimizer, its settings replaced where given."""
-        params = net.parameters() if isinstance(net, nn.Module) else net
+        params = net.parameters() if isinstance(net, nn.Module) and not self.whole else net
         return self.form(params, **{**self.settings, **settings})
 
 
@@ -557,3 +559,25 @@ OPTIMIZERS = [
     BELIEF_ADAM,
     DRIFT,
 ]
+
+FISHER_FACTORS = [
+    replace(
+        case,
+        name=f"{case.name}-kronecker",
+        settings={"lr": 0.02, "damping": 0.1, "structure": "kronecker"},
+        options=options,
+        whole=True,
+    )
+    for case, options in ((NATURAL_GRADIENT, []), (GEOMETRIC_MEAN, [{"metric_decay": 0.9}]))
+]
+"""Those that see Kronecker factors through hooks on a network, so that they cannot do with parts of one."""
+
+
+def variants(cases: list[OptimizerCase]) -> pytest.MarkDecorator:
+    """Rows of the table, each as it is and with each of its options."""
+    rows = [
+        pytest.param(case, options, id=f"{case.name}{number or ''}")
+        for case in cases
+        for number, options in enumerate([{}, *case.options])
+    ]
+    return pytest.mark.parametrize(("case", "options"), rows)

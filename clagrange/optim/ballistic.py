@@ -30,6 +30,7 @@ class Ballistic(CurvatureOptimizer):
         eps: ε ≥ 0, in units of the curvature (not of its root).
         examples: n > 0: the batch size makes h the curvature of the mean loss per example; 1 as published.
         bias_correction: divide the average by the weight of what it has seen.
+        maximize: ascend instead of descend.
 
     Every number may be a tensor of shape (R,).
 
@@ -57,6 +58,7 @@ class Ballistic(CurvatureOptimizer):
         *,
         examples: Number = 1,
         bias_correction: bool = True,
+        maximize: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -64,6 +66,7 @@ class Ballistic(CurvatureOptimizer):
             "eps": eps,
             "examples": examples,
             "bias_correction": bias_correction,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
 

@@ -1,22 +1,20 @@
-"""What optimizers without Gaussian weights share: the loop, and a belief over the diagonal curvature."""
+"""What the theory's rules without Gaussian weights share: the displacement, and beliefs over the curvature."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_positive, per_replica
 from clagrange.dynamics.beliefs import Belief, as_belief, as_numbers, averaging_weights
-from clagrange.optim.stacked import restore_state
+from clagrange.optim.stacked import PerParameterOptimizer
 
 _BELIEFS = ("curvature_decay", "metric_decay", "gradient_belief", "square_belief")
 
 
-class RuleOptimizer(Optimizer, ABC):
-    """The loop over parameters: settings checked, closure, state restored in its own precision.
+class RuleOptimizer(PerParameterOptimizer, ABC):
+    """Optimizers whose rule gives a displacement, in float32 at least.
 
     Beliefs among the settings are kept as dictionaries of numbers, so that a ``state_dict`` loads with
     ``weights_only=True``.
@@ -24,44 +22,12 @@ class RuleOptimizer(Optimizer, ABC):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its settings checked."""
+        param_group.update({name: as_numbers(param_group[name]) for name in _BELIEFS if name in param_group})
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group.update({name: as_numbers(group[name]) for name in _BELIEFS if name in group})
-        try:
-            self._check(group)
-        except Exception:
-            self.param_groups.pop()
-            raise
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; a closure is evaluated first and its value returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    gradient = parameter.grad.to(torch.promote_types(parameter.dtype, torch.float32))
-                    parameter.add_(self._displacement(parameter, gradient, self.state[parameter], group))
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, giving settings that an older version did not have their default."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, as_numbers(default))
-
-    @abstractmethod
-    def _check(self, group: dict[str, Any]) -> None:
-        """Raise if a setting of a group is out of range."""
+    def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        gradient = gradient.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.add_(self._displacement(parameter, gradient, state, group))
 
     @abstractmethod
     def _displacement(

@@ -36,6 +36,7 @@ class BeliefAdam(RuleOptimizer):
             in units of what the model says (1 is the model).
         eps: ε ≥ 0, added to the root.
         bias_correction: divide m and v by 1 − β^t, as Adam does; "gaussian" starts at its first observation.
+        maximize: ascend instead of descend.
 
     Every number may be a tensor of shape (R,).
 
@@ -65,6 +66,7 @@ class BeliefAdam(RuleOptimizer):
         observation: str = "moments",
         eps: Number = 1e-8,
         bias_correction: bool = True,
+        maximize: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,6 +76,7 @@ class BeliefAdam(RuleOptimizer):
             "observation": observation,
             "eps": eps,
             "bias_correction": bias_correction,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
 

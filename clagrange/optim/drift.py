@@ -39,6 +39,7 @@ class Drift(CurvatureOptimizer):
         curvature_decay: β in [0, 1] of the curvature belief, an average of n·g²; or a `Belief` (needs a finite
             discount), or the mapping of its numbers. At 1 the curvature is held where it was set.
         examples: n > 0: the batch size makes h the curvature of the mean loss per example.
+        maximize: ascend instead of descend; the drift stays as it is.
 
     Every number may be a tensor of shape (R,).
 
@@ -66,6 +67,7 @@ class Drift(CurvatureOptimizer):
         discount: Number = math.inf,
         curvature_decay: Number | Belief = 0.99,
         examples: Number = 1,
+        maximize: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,6 +76,7 @@ class Drift(CurvatureOptimizer):
             "discount": discount,
             "curvature_decay": as_numbers(curvature_decay),
             "examples": examples,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
 

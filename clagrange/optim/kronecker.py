@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class FactorObserver:
+class FisherObserver:
     """Collects Σxxᵀ and Σδδᵀ of a linear layer while gradients accumulate.
 
     For a layer y = Wx + b and a loss that is the mean over n examples, per-example output gradients δ and inputs
@@ -66,7 +66,7 @@ def _added(total: Tensor | None, term: Tensor) -> Tensor:
     return term if total is None else total + term
 
 
-def observe_layers(network: nn.Module) -> list[tuple[Tensor, FactorObserver]]:
+def observe_layers(network: nn.Module) -> list[tuple[Tensor, FisherObserver]]:
     """Hook an observer on every linear layer; pairs of weight (and of bias) and observer.
 
     A layer that has one already shares it.
@@ -82,10 +82,10 @@ def observe_layers(network: nn.Module) -> list[tuple[Tensor, FactorObserver]]:
         )
     if len({id(layer.weight) for layer in layers}) < len(layers):
         raise ValueError("params: expected linear layers with weights of their own, got two that share one")
-    pairs: list[tuple[Tensor, FactorObserver]] = []
+    pairs: list[tuple[Tensor, FisherObserver]] = []
     for layer in layers:
-        hooks = [hook for hook in layer._forward_hooks.values() if isinstance(hook, FactorObserver)]
-        observer = hooks[0] if hooks else FactorObserver()
+        hooks = [hook for hook in layer._forward_hooks.values() if isinstance(hook, FisherObserver)]
+        observer = hooks[0] if hooks else FisherObserver()
         if not hooks:
             layer.register_forward_hook(observer)
         pairs += [(parameter, observer) for parameter in (layer.weight, layer.bias) if parameter is not None]

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from clagrange._checks import check_choice, check_nonnegative, check_number, check_positive, per_replica
+from clagrange.distributed import mean_over_processes
 from clagrange.optim.base import CurvatureOptimizer, squares
-from clagrange.optim.kronecker import FactorObserver, observe_layers
+from clagrange.optim.kronecker import FisherObserver, observe_layers
 
 
 class FisherOptimizer(CurvatureOptimizer):
     """Optimizers with a Fisher matrix: diagonal from squared gradients, or Kronecker factors of linear layers."""
 
-    _observers: list[tuple[Tensor, FactorObserver]]
+    _observers: list[tuple[Tensor, FisherObserver]]
 
     def __init__(self, params: Any, defaults: dict[str, Any], structure: str) -> None:
         check_choice("structure", structure, ("diagonal", "kronecker"))
@@ -54,11 +55,11 @@ class FisherOptimizer(CurvatureOptimizer):
             )
         super()._set(name, parameter, value)
 
-    def _observer_of(self, parameter: Tensor) -> FactorObserver | None:
+    def _observer_of(self, parameter: Tensor) -> FisherObserver | None:
         return next((observer for known, observer in self._observers if known is parameter), None)
 
     def _observed(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
-        """What was seen of the Fisher matrix: its diagonal, or its factors (B, A)."""
+        """What was seen of the Fisher matrix: its diagonal, or its factors (B, A); means over processes."""
         observer = self._observer_of(parameter)
         if observer is None:
             return (squares(gradient, group),)
@@ -70,8 +71,8 @@ class FisherOptimizer(CurvatureOptimizer):
             )
         outputs, inputs = factors
         if gradient.dim() < outputs.dim():  # a bias: its inputs are 1
-            return (outputs.diagonal(dim1=-2, dim2=-1),)
-        return outputs, inputs
+            return (mean_over_processes(outputs.diagonal(dim1=-2, dim2=-1)),)
+        return mean_over_processes(outputs), mean_over_processes(inputs)
 
     def _averaged(
         self,

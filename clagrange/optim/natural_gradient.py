@@ -21,7 +21,8 @@ class NaturalGradient(FisherOptimizer):
     every linear layer G = E[δδᵀ] ⊗ E[xxᵀ] of its inputs x and per-example output gradients δ (the loss being the
     mean over examples), seen through hooks and solved exactly with its damping in the joint eigenbasis (two
     eigendecompositions a layer and step: for small layers); the bias takes the diagonal of E[δδᵀ], all other
-    parameters n·g². Averages are divided by the weight of what they have seen.
+    parameters n·g². Averages are divided by the weight of what they have seen. Under torch.distributed the
+    factors are means over the processes, as DistributedDataParallel's gradients are.
 
     Limits: d → ∞: SGD with learning rate lr/d. lr = 1 and G the Hessian (`set_metric`, or a likelihood at its
     optimum) with d → 0: Newton's step. `GeometricMean` with one belief for metric and curvature.
@@ -34,6 +35,7 @@ class NaturalGradient(FisherOptimizer):
         damping: d > 0, in units of the curvature.
         structure: "diagonal" or "kronecker".
         examples: n > 0: the batch size makes n·g² the curvature of the mean loss per example.
+        maximize: ascend instead of descend.
 
     Every number may be a tensor of shape (R,).
 
@@ -61,8 +63,15 @@ class NaturalGradient(FisherOptimizer):
         *,
         structure: str = "diagonal",
         examples: Number = 1,
+        maximize: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "metric_decay": metric_decay, "damping": damping, "examples": examples}
+        defaults = {
+            "lr": lr,
+            "metric_decay": metric_decay,
+            "damping": damping,
+            "examples": examples,
+            "maximize": maximize,
+        }
         super().__init__(params, defaults, structure)
 
     def set_metric(self, parameter: Tensor, metric: Tensor | float) -> None:
@@ -103,6 +112,7 @@ class GeometricMean(FisherOptimizer):
         damping: d > 0, in units of G#H (of the root of the curvature for the Euclidean metric).
         structure: "diagonal" or "kronecker".
         examples: n > 0: the batch size makes n·g² the curvature of the mean loss per example.
+        maximize: ascend instead of descend.
 
     Every number may be a tensor of shape (R,).
 
@@ -133,6 +143,7 @@ class GeometricMean(FisherOptimizer):
         *,
         structure: str = "diagonal",
         examples: Number = 1,
+        maximize: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -140,6 +151,7 @@ class GeometricMean(FisherOptimizer):
             "curvature_decay": curvature_decay,
             "damping": damping,
             "examples": examples,
+            "maximize": maximize,
         }
         super().__init__(params, defaults, structure)
 

@@ -32,6 +32,7 @@ class OptimalMomentum(CurvatureOptimizer):
         curvature_decay: β in [0, 1] of the curvature belief; or a `Belief` (needs a finite discount), or the
             mapping of its numbers. At 1 the curvature is held where it was set.
         examples: n > 0: the batch size makes h the curvature of the mean loss per example.
+        maximize: ascend instead of descend.
 
     Every number may be a tensor of shape (R,).
 
@@ -60,6 +61,7 @@ class OptimalMomentum(CurvatureOptimizer):
         *,
         curvature_decay: Number | Belief = 0.99,
         examples: Number = 1,
+        maximize: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -67,6 +69,7 @@ class OptimalMomentum(CurvatureOptimizer):
             "horizon": horizon,
             "curvature_decay": as_numbers(curvature_decay),
             "examples": examples,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
 

@@ -57,13 +57,14 @@ def adam_update(
     parameter.sub_((lr / (1.0 - beta1**count)) * gradient_mean / deviation)
 
 
-class _StackedOptimizer(Optimizer, ABC):
-    """The loop that the stacked optimizers share."""
+class PerParameterOptimizer(Optimizer, ABC):
+    """The loop over parameters: settings checked, closure, ``maximize``, state restored in its own precision."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its settings checked."""
         super().add_param_group(param_group)
         try:
+            check_choice("maximize", self.param_groups[-1]["maximize"], (True, False))
             self._check(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
@@ -79,7 +80,8 @@ class _StackedOptimizer(Optimizer, ABC):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, self.state[parameter], group)
+                    gradient = -parameter.grad if group["maximize"] else parameter.grad
+                    self._update(parameter, gradient, self.state[parameter], group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -87,16 +89,23 @@ class _StackedOptimizer(Optimizer, ABC):
         super().load_state_dict(state_dict)
         restore_state(self, state_dict)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, giving settings that an older version did not have their default."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
     @abstractmethod
     def _check(self, group: dict[str, Any]) -> None:
         """Raise if a setting of a group is out of range."""
 
     @abstractmethod
     def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Change one parameter in place."""
+        """Change one parameter in place; ``gradient`` is that of what is minimised."""
 
 
-class StackedSGD(_StackedOptimizer):
+class StackedSGD(PerParameterOptimizer):
     """SGD with momentum and coupled weight decay; every number may be a tensor of shape (R,).
 
     m ← momentum·m + g + weight_decay·θ;  θ ← θ − lr·m. Equal to `torch.optim.SGD` for each replica.
@@ -106,6 +115,7 @@ class StackedSGD(_StackedOptimizer):
         lr: learning rate.
         momentum: heavy-ball coefficient.
         weight_decay: coupled L2 coefficient.
+        maximize: ascend instead of descend; the weight decay still decays.
 
     Raises:
         ValueError: if a number is out of range, or has more entries than there are replicas.
@@ -115,8 +125,17 @@ class StackedSGD(_StackedOptimizer):
         >>> optimizer = StackedSGD([weight], lr=torch.tensor([0.1, 0.2]))
     """
 
-    def __init__(self, params: Any, lr: Number = 1e-3, momentum: Number = 0.0, weight_decay: Number = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Any,
+        lr: Number = 1e-3,
+        momentum: Number = 0.0,
+        weight_decay: Number = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
 
     def _check(self, group: dict[str, Any]) -> None:
         check_nonnegative("lr", group["lr"])
@@ -133,7 +152,7 @@ class StackedSGD(_StackedOptimizer):
         parameter.sub_(per_replica(group["lr"], parameter) * gradient)
 
 
-class StackedAdam(_StackedOptimizer):
+class StackedAdam(PerParameterOptimizer):
     """Adam with coupled weight decay; every number may be a tensor of shape (R,).
 
     Equal to `torch.optim.Adam` for each replica.
@@ -144,6 +163,7 @@ class StackedAdam(_StackedOptimizer):
         betas: decay of the averages of gradient and squared gradient.
         eps: added to the root of the squared gradient.
         weight_decay: coupled L2 coefficient.
+        maximize: ascend instead of descend; the weight decay still decays.
 
     Raises:
         ValueError: if a number is out of range, or has more entries than there are replicas.
@@ -160,8 +180,17 @@ class StackedAdam(_StackedOptimizer):
         betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-8,
         weight_decay: Number = 0.0,
+        *,
+        maximize: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
 
     def _check(self, group: dict[str, Any]) -> None:
         check_nonnegative("lr", group["lr"])
@@ -175,7 +204,7 @@ class StackedAdam(_StackedOptimizer):
         adam_step(parameter, gradient, state, lr=group["lr"], betas=group["betas"], eps=group["eps"])
 
 
-class StackedMuon(_StackedOptimizer):
+class StackedMuon(PerParameterOptimizer):
     """Muon on matrices, AdamW on all else; every number may be a tensor of shape (R,).
 
     For a weight W (out, in) with gradient g,
@@ -197,6 +226,7 @@ class StackedMuon(_StackedOptimizer):
         adamw_lr: learning rate of what is not a matrix.
         stacked: whether parameters have a leading replica dimension, so that a weight has three dimensions and a
             bias two. None: as the numbers say, if one of them is a tensor of shape (R,).
+        maximize: ascend instead of descend; the weight decay still decays.
 
     Raises:
         ValueError: if a number is out of range, or has more entries than there are replicas.
@@ -217,6 +247,7 @@ class StackedMuon(_StackedOptimizer):
         adamw_lr: Number = 1e-3,
         *,
         stacked: bool | None = None,
+        maximize: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -224,6 +255,7 @@ class StackedMuon(_StackedOptimizer):
             "weight_decay": weight_decay,
             "adamw_lr": adamw_lr,
             "stacked": stacked,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
 

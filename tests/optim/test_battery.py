@@ -8,7 +8,10 @@ import pytest
 import torch
 from cases import (
     EULER_LAGRANGE,
+    FISHER_FACTORS,
     OPTIMIZERS,
+    STACKED_ADAM,
+    STACKED_SGD,
     OptimizerCase,
     R,
     assert_same_tensors,
@@ -17,6 +20,7 @@ from cases import (
     mlp,
     tensors_of,
     train,
+    variants,
 )
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
@@ -24,12 +28,8 @@ from torch.optim import Optimizer, lr_scheduler
 import clagrange
 from clagrange import replicas
 
-VARIANTS = [
-    pytest.param(case, options, id=f"{case.name}{number or ''}")
-    for case in OPTIMIZERS
-    for number, options in enumerate([{}, *case.options])
-]
-battery = pytest.mark.parametrize(("case", "options"), VARIANTS)
+battery = variants(OPTIMIZERS)
+factors_too = variants(OPTIMIZERS + FISHER_FACTORS)
 each = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
 gaussian = pytest.mark.parametrize(
     "case", [case for case in OPTIMIZERS if case.gaussian], ids=lambda case: case.name
@@ -272,17 +272,31 @@ def test_parameters_without_gradient_stay(case: OptimizerCase, options: dict) ->
             torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
-@gaussian
-def test_maximize_is_minimising_the_negative(case: OptimizerCase) -> None:
-    nets = [case.network() for _ in range(2)]
-    optimizers = [case.make(net, maximize=maximize) for net, maximize in zip(nets, (False, True), strict=True)]
+def trained_with_sign(net: nn.Module, optimizer: Optimizer, sign: int) -> dict:
+    """The state of a network after steps on a loss of this sign."""
     for step in range(5):
         inputs, targets = batch(step)
-        for sign, net, optimizer in zip((1, -1), nets, optimizers, strict=True):
-            optimizer.zero_grad()
-            (sign * nn.functional.cross_entropy(net(inputs), targets)).backward()
-            optimizer.step()
-    assert_same_tensors(dict(nets[1].state_dict()), dict(nets[0].state_dict()))
+        optimizer.zero_grad()
+        (sign * nn.functional.cross_entropy(net(inputs), targets)).backward()
+        optimizer.step()
+    return dict(net.state_dict())
+
+
+@factors_too
+def test_maximize_is_minimising_the_negative(case: OptimizerCase, options: dict) -> None:
+    minimising, maximising = case.network(), case.network()
+    result = trained_with_sign(maximising, case.make(maximising, maximize=True, **options), -1)
+    assert_same_tensors(result, trained_with_sign(minimising, case.make(minimising, **options), 1))
+
+
+@pytest.mark.parametrize("case", [STACKED_SGD, STACKED_ADAM], ids=lambda case: case.name)
+def test_maximize_is_torchs(case: OptimizerCase) -> None:
+    for settings in [{}, *case.options]:
+        ours, theirs = case.network(), case.network()
+        settings = {**case.settings, **settings, "maximize": True}
+        torchs = case.torch_form(theirs.parameters(), **settings)
+        result = trained_with_sign(ours, case.make(ours, **settings), 1)
+        assert_same_tensors(result, trained_with_sign(theirs, torchs, 1), rtol=1e-11, atol=1e-11)
 
 
 @gaussian
@@ -298,15 +312,16 @@ def test_sum_over_examples_equals_their_mean(case: OptimizerCase) -> None:
     assert_same_tensors(dict(nets[1].state_dict()), dict(nets[0].state_dict()), rtol=1e-10, atol=1e-11)
 
 
-@gaussian
-def test_settings_of_an_older_version_get_their_defaults(case: OptimizerCase) -> None:
+@factors_too
+def test_settings_of_an_older_version_get_their_defaults(case: OptimizerCase, options: dict) -> None:
     net = case.network()
-    optimizer = case.make(net)
+    optimizer = case.make(net, **options)
+    train(net, optimizer, range(2))
     state = optimizer.state_dict()
     state["param_groups"] = [{"params": group["params"]} for group in state["param_groups"]]
     optimizer.load_state_dict(state)
     assert {name: optimizer.param_groups[0][name] for name in optimizer.defaults} == optimizer.defaults
-    train(net, optimizer, range(2))
+    train(net, optimizer, range(2, 4))
 
 
 @joint

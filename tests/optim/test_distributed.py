@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import OPTIMIZERS, OptimizerCase, assert_same_tensors, batch, mlp
+from cases import FISHER_FACTORS, OPTIMIZERS, OptimizerCase, assert_same_tensors, batch, mlp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +24,11 @@ STRUCTURES = {
     "exact": Kronecker(damping="exact", refresh_every=1),
 }
 CASES = [(structure, reduction) for structure in STRUCTURES for reduction in ("mean", "sum")]
+FACTORS = {
+    f"{case.name}{number}": (case, options)
+    for case in FISHER_FACTORS
+    for number, options in enumerate([{}, *case.options])
+}
 STEPS = 12
 
 
@@ -49,14 +54,16 @@ def run(structure: str, reduction: str, rank: int | None, first: int = 4) -> dic
     return net.state_dict()
 
 
-def optimizer_state(case: OptimizerCase, rank: int) -> dict[str, Any]:
+def optimizer_state(
+    case: OptimizerCase, options: dict[str, Any], rank: int | None, first: int = 3
+) -> dict[str, Any]:
     """What an optimizer makes of weights and of its own state; drawn weights differ between processes."""
-    net = case.network(rank)
-    optimizer = case.make(net)
-    model = DistributedDataParallel(net)
+    net = case.network(rank or 0)
+    optimizer = case.make(net, **options)
+    model: nn.Module = net if rank is None else DistributedDataParallel(net)
+    part = {None: slice(None), 0: slice(first), 1: slice(first, None)}[rank]
     for step in range(6):
         inputs, targets = batch(step, size=8)
-        part = slice(3) if rank == 0 else slice(3, None)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs[part]), targets[part]).backward()
         optimizer.step()
@@ -79,7 +86,10 @@ def worker(rank: int, folder: str) -> None:
         mean = mean_over_processes(torch.tensor([float(rank)]))
         results = {"-".join(case): run(*case, rank) for case in CASES}
         results |= {f"uneven-{'-'.join(case)}": run(*case, rank, first=3) for case in CASES}
-        results |= {case.name: optimizer_state(case, rank) for case in OPTIMIZERS}
+        results |= {case.name: optimizer_state(case, {}, rank) for case in OPTIMIZERS}
+        for name, (case, options) in FACTORS.items():
+            results[name] = optimizer_state(case, options, rank, first=4)
+            results[f"uneven-{name}"] = optimizer_state(case, options, rank)
         torch.save({"count": process_count(), "half": mean, **results}, Path(folder, str(rank)))
     finally:
         dist.destroy_process_group()
@@ -89,7 +99,8 @@ def worker(rank: int, folder: str) -> None:
 def test_two_processes_equal_the_joint_batch(tmp_path: Path) -> None:
     """For mean and sum losses, with continual backprop replacing the same units in both processes.
 
-    Every optimizer, with drawn weights too, takes the same steps in both.
+    Every optimizer, with drawn weights too, takes the same steps in both; those that see Kronecker factors take
+    the steps of the joint batch where the parts are equal.
 
     Eigenvectors, which "exact" keeps, are compared by what is made of them: their signs are free.
     """
@@ -107,6 +118,10 @@ def test_two_processes_equal_the_joint_batch(tmp_path: Path) -> None:
         assert_equal_to_joint(uneven, second[f"uneven-{name}"], joint, case[0])
     for optimizer in OPTIMIZERS:
         assert_same_tensors(second[optimizer.name], first[optimizer.name])
+    for name, (optimizer, options) in FACTORS.items():
+        assert_same_tensors(second[name], first[name])
+        assert_same_tensors(second[f"uneven-{name}"], first[f"uneven-{name}"])
+        assert_same_tensors(first[name], optimizer_state(optimizer, options, None), rtol=1e-8, atol=1e-9)
 
 
 def assert_equal_to_joint(first: Any, second: Any, joint: dict[str, Any], structure: str) -> None:

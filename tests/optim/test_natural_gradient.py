@@ -11,7 +11,7 @@ from torch import nn
 
 from clagrange import replicas
 from clagrange.optim import Ballistic, GeometricMean, NaturalGradient
-from clagrange.optim.kronecker import FactorObserver, kronecker_solve
+from clagrange.optim.kronecker import FisherObserver, kronecker_solve
 from clagrange.optim.natural_gradient import geometric_mean
 
 KRONECKER = [
@@ -259,7 +259,7 @@ def test_two_optimizers_share_the_hooks_of_a_network() -> None:
     net = mlp()
     first, second = (NaturalGradient(net, structure="kronecker") for _ in range(2))
     for layer in (net[0], net[2], net[4]):
-        assert sum(isinstance(hook, FactorObserver) for hook in layer._forward_hooks.values()) == 1
+        assert sum(isinstance(hook, FisherObserver) for hook in layer._forward_hooks.values()) == 1
     assert first._observer_of(net[0].weight) is second._observer_of(net[0].weight)
 
 
