@@ -8,16 +8,19 @@ of a convolution. Whole numbers x of shape (n, P) stand for one-hot inputs, such
 
 Between the backward pass and the step a gradient may be multiplied with a number: its norm is clipped, or it is
 unscaled from mixed precision. Every observer finds that number by a projection of both gradients, so that its
-estimate is of the gradient that the optimizer sees.
+estimate is of the gradient that the optimizer sees. Where it was changed otherwise too (clipped value by value,
+say) the estimate stays, up to the size: that is followed where it is another by more than a factor of 4.
 """
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clagrange._checks import per_replica
 from clagrange.distributed import everywhere, gathered, mean_over_processes, process_count
 from clagrange.gaussian.kronecker import Factors, KroneckerPrecision, LowRank
 from clagrange.gaussian.precision import DiagonalPrecision
@@ -91,13 +94,13 @@ class FactorObserver(Observer):
         one_hot = not x.is_floating_point()
         if one_hot:
             x = x.flatten()
-            projected = _signs(self.precision.inputs).to(d.dtype)[x]
+            projected = _signs(self.precision.inputs).to(d.dtype)[x].unsqueeze(-1)
         else:
             x = _floats(x).flatten(-3, -2)
             if self.bias:
                 x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
-            projected = x @ _signs(x)
-        probe = d.mT @ projected.unsqueeze(-1)
+            projected = _projected(x, self.bias)
+        probe = d.mT @ projected
         self._probe = probe if self._probe is None else self._probe + probe
         self._count += d.shape[-2]
         self._keeping = not one_hot and self._sums is None and self.precision.keeps(self._count)
@@ -140,11 +143,13 @@ class FactorObserver(Observer):
                 return None
         n, unit = _units(examples, summed)
         positions, processes = self._count / examples, process_count()
-        scale, error = _proportion(gradient, mean_over_processes(self._probe) * unit)
+        projected = _projected(gradient, self.bias)
+        stacked = self.precision.stacked
+        scale, error = _proportion(projected, mean_over_processes(self._probe) * unit, stacked)
         if self._rows is not None:
             certain = float(error.max()) <= torch.finfo(gradient.dtype).eps ** 0.625
             x, d = self._rows
-            d = d * (scale * (unit * (n / processes) ** 0.5))[..., None, None]
+            d = d * per_replica(scale * (unit * (n / processes) ** 0.5), d)
             x, d = gathered(x / (n * positions * processes) ** 0.5, d)
             return LowRank(x, d, share=positions**0.5 if certain else None)
         assert self._sums is not None
@@ -152,10 +157,7 @@ class FactorObserver(Observer):
             mean_over_processes(part * weight)
             for part, weight in zip(self._sums, (n * unit**2, 1.0 / (n * positions)), strict=True)
         )
-        square = scale.square()[..., None]
-        if outputs.dim() == gradient.dim():
-            square = square[..., None]
-        return Factors(outputs * square, inputs, processes * self._count)
+        return Factors(outputs * per_replica(scale.square(), outputs), inputs, processes * self._count)
 
 
 class PerExampleObserver(Observer):
@@ -189,11 +191,10 @@ class PerExampleObserver(Observer):
             x = _floats(x)
             squares = _squares_by_example(x, d)
             x, d = x.flatten(-3, -2), d.flatten(-3, -2)
-            probe = d.mT @ (x @ _signs(x)).unsqueeze(-1)
+            probe = d.mT @ _projected(x)
         else:
             squares = _squares_by_token(x, d, self.precision.precision.shape[0])
-            projected = (d @ _signs(d)).flatten()
-            probe = d.new_zeros(len(squares), 1).index_add_(0, x.flatten(), projected.unsqueeze(-1))
+            probe = d.new_zeros(len(squares), 1).index_add_(0, x.flatten(), _projected(d).flatten(0, 1))
         self._squares = squares if self._squares is None else self._squares + squares
         self._probe = probe if self._probe is None else self._probe + probe
 
@@ -205,8 +206,9 @@ class PerExampleObserver(Observer):
         squares, probe = (
             mean_over_processes(tensor) for tensor in (self._squares * (n * unit**2), self._probe * unit)
         )
-        scale, _ = _proportion(gradient.reshape(squares.shape), probe)
-        return (squares * scale.square()[..., None, None]).reshape(gradient.shape)
+        projected = _projected(gradient.reshape(squares.shape))
+        scale, _ = _proportion(projected, probe, self.precision.stacked)
+        return (squares * per_replica(scale.square(), squares)).reshape(gradient.shape)
 
 
 class VarianceObserver(Observer):
@@ -260,13 +262,10 @@ class VarianceObserver(Observer):
         probe = self._project(gradient)
         self._probe = probe if self._probe is None else self._probe + probe
 
-    def _matrix(self, tensor: Tensor) -> Tensor:
-        first = 1 + self.precision.stacked
-        return _floats(tensor.unsqueeze(-1) if tensor.dim() == first else tensor.flatten(first))
-
     def _project(self, gradient: Tensor) -> Tensor:
-        matrix = self._matrix(gradient)
-        return (matrix @ _signs(matrix)).unsqueeze(-1)
+        first = 1 + self.precision.stacked
+        matrix = _floats(gradient.unsqueeze(-1) if gradient.dim() == first else gradient.flatten(first))
+        return _projected(matrix)
 
     def curvature(self, gradient: Tensor, examples: int, summed: float | None = None) -> Tensor | None:
         """The estimate; of a multiplied gradient, by the same number. None without a draw, as in evaluation."""
@@ -276,8 +275,8 @@ class VarianceObserver(Observer):
         curvature, probe = (
             mean_over_processes(tensor) for tensor in (self._curvature * unit, self._probe * unit)
         )
-        scale, _ = _proportion(self._matrix(gradient), probe)
-        return curvature * scale.view(*scale.shape, *[1] * (curvature.dim() - scale.dim()))
+        scale, _ = _proportion(self._project(gradient), probe, self.precision.stacked)
+        return curvature * per_replica(scale, curvature)
 
 
 _BUDGET = 2**22
@@ -312,8 +311,18 @@ def _floats(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _projected(rows: Tensor, bias: bool = False) -> Tensor:
+    """Rows (..., in) times a fixed vector of ±1 in no order, (..., 1).
+
+    With a bias, (..., 2): their last entry stands for itself, as one of both parts may be frozen.
+    """
+    if not bias:
+        return (rows @ _signs(rows)).unsqueeze(-1)
+    rows, last = rows[..., :-1], rows[..., -1]
+    return torch.stack([rows @ _signs(rows), last], -1)
+
+
 def _signs(rows: Tensor) -> Tensor:
-    """A fixed vector of ±1 in no order, of the last dimension's size."""
     return _fixed_signs(rows.shape[-1], rows.dtype, rows.device)
 
 
@@ -328,14 +337,34 @@ def _units(examples: int, summed: float | None) -> tuple[float, float]:
     return (examples, 1.0) if summed is None else (summed, 1.0 / summed)
 
 
-def _proportion(gradient: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """c where a gradient is c times what was seen, to a tenth, 1 elsewhere; and the relative error.
+def _proportion(changed: Tensor, seen: Tensor, stacked: bool) -> tuple[Tensor, Tensor]:
+    """c where a gradient is c times what was seen, to a tenth; and the relative error.
 
-    Both for each leading block. The gradient is compared with the probe after multiplication with `_signs`.
+    Where the error is larger the gradient was replaced, or clipped value by value, perhaps after it was unscaled:
+    there c is the median ratio of both sizes if that is far from 1, so that no scale of the loss is left, else 1.
+    Entries that are 0 say nothing (a frozen part), unless all are.
+
+    Args:
+        changed: projections of the gradient by `_projected`, (R, ...) if stacked.
+        seen: the same of what the observer saw.
+        stacked: whether each replica has a number of its own, (R,), or all is one block, ().
     """
-    changed, seen = gradient @ _signs(gradient), probe.squeeze(-1)
-    power = seen.square().sum(-1)
-    c = torch.where(power > 0, (changed * seen).sum(-1) / power, torch.ones_like(power))
-    size = changed.square().sum(-1).clamp(min=torch.finfo(power.dtype).tiny)
-    error = ((changed - c.unsqueeze(-1) * seen).square().sum(-1) / size).sqrt()
-    return torch.where(error <= 0.1, c, torch.ones_like(c)), error
+    changed, seen = changed.flatten(int(stacked)), seen.flatten(int(stacked))
+    c, error = _fit(changed, seen)
+    multiplied = error <= 0.1
+    if changed.device.type == "cpu" and bool(multiplied.all()):  # elsewhere to look would be to wait
+        return c, error
+    known = torch.where(changed == 0, 0.0, seen)
+    c_known, error_known = _fit(changed, known)
+    ratio = (changed / known).abs()
+    ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, math.nan).nanmedian(-1).values
+    ratio = torch.where((ratio < 0.25) | (ratio > 4.0), ratio, 1.0)
+    return torch.where(multiplied, c, torch.where(error_known <= 0.1, c_known, ratio)), error
+
+
+def _fit(changed: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The c for which changed is nearest to c·seen, 1 where seen is 0; and the error relative to changed."""
+    power = torch.linalg.vecdot(seen, seen)
+    c = torch.where(power > 0, torch.linalg.vecdot(changed, seen) / power, 1.0)
+    size = torch.linalg.vector_norm(changed, dim=-1).clamp(min=torch.finfo(c.dtype).tiny)
+    return c, torch.linalg.vector_norm(changed - c.unsqueeze(-1) * seen, dim=-1) / size

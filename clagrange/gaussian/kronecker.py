@@ -94,9 +94,11 @@ class KroneckerPrecision(Precision):
         damping: "factored" or "exact".
         observe_every: steps from one observation of the factors to the next; None for one step for
             every 16 examples of the last batch, at most ``refresh_every``: 1 up to a batch of 31, 4 at 64.
-        refresh_every: steps from one inversion of the factors to the next. Between them the inverses follow the
-            rows of small batches (on a CPU, with factored damping), while the damping fades like what was seen
-            before, by (1 − r)^refresh_every: refresh sooner where r is large.
+        refresh_every: steps from one inversion of the factors to the next; None for 20, and 10 with "exact"
+            damping. Between them the inverses follow the rows of small batches (on a CPU, with factored damping,
+            before any consolidation), while the damping fades like what was seen before, by
+            (1 − r)^refresh_every: refresh sooner where r is large. Eigenvectors do not follow: with "exact"
+            damping a trust region above .2 has diverged from axes that were ten steps old.
         diagonal_inputs: keep only the diagonal of A: exact where inputs are one-hot, and what is left where a
             layer is too wide for a full factor.
         diagonal_outputs: keep only the diagonal of G.
@@ -137,7 +139,7 @@ class KroneckerPrecision(Precision):
         stacked: bool = False,
         damping: str = "factored",
         observe_every: int | None = None,
-        refresh_every: int = 20,
+        refresh_every: int | None = None,
         diagonal_inputs: bool = False,
         diagonal_outputs: bool = False,
     ) -> None:
@@ -145,6 +147,8 @@ class KroneckerPrecision(Precision):
         check_choice("damping", damping, ("factored", "exact"))
         if observe_every is not None:
             check_count("observe_every", observe_every)
+        if refresh_every is None:
+            refresh_every = 10 if damping == "exact" else 20
         check_count("refresh_every", refresh_every)
         self.damping = damping
         self.observe_every = observe_every

@@ -100,7 +100,8 @@ class Kronecker(Structure):
     Args:
         damping: "factored" or "exact".
         observe_every: steps from one observation of the factors to the next; None for one in 16 examples.
-        refresh_every: steps from one inversion of the factors to the next.
+        refresh_every: steps from one inversion of the factors to the next; None for 20, and 10 with "exact"
+            damping.
         widest: of a side wider than this only the diagonal of its factor is kept; a full factor of n inputs takes
             2·n² numbers and n³ operations to invert.
         sampling: what layers are at in training: "mean", or a draw for every "batch". A draw takes the
@@ -115,7 +116,7 @@ class Kronecker(Structure):
 
     damping: str = "factored"
     observe_every: int | None = None
-    refresh_every: int = 20
+    refresh_every: int | None = None
     widest: int = 4096
     sampling: str = "mean"
     antithetic: bool = False
@@ -125,7 +126,7 @@ class Kronecker(Structure):
         """Check the settings."""
         check_choice("damping", self.damping, ("factored", "exact"))
         for name in ("observe_every", "refresh_every", "widest"):
-            if getattr(self, name) is not None or name != "observe_every":
+            if getattr(self, name) is not None or name == "widest":
                 check_count(name, getattr(self, name))
         check_choice("sampling", self.sampling, ("mean", "batch"))
 

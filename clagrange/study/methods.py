@@ -451,7 +451,7 @@ class EulerLagrangeKronecker(Method):
         discount: γ per step.
         damping: "factored" or "exact".
         observe_every: steps between observations of the factors; null for the layers' default.
-        refresh_every: steps between inversions of the factors.
+        refresh_every: steps between inversions of the factors; null for the layers' default.
     """
 
     source = "Vastola, Gershman, Rajan (2025), section 6, with the factors of Martens and Grosse (2015)"
@@ -464,7 +464,7 @@ class EulerLagrangeKronecker(Method):
     discount: float = math.inf
     damping: str = "factored"
     observe_every: int | None = None
-    refresh_every: int = 20
+    refresh_every: int | None = None
 
     def prepare(self, network: nn.Module, seeds: int | Sequence[int]) -> None:
         """Make the network Gaussian."""
