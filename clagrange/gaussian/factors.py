@@ -106,9 +106,9 @@ def follow(inverse: Tensor, rows: Tensor, share: float | Tensor) -> Tensor:
 
     Example:
         >>> inverse = torch.eye(2)
-        >>> follow(inverse, torch.tensor([[1.0, 0.0]]), 0.5)
+        >>> follow(inverse, torch.tensor([[1.0, 0.0]]), 0.5).round()
         tensor([[1., 0.]])
-        >>> inverse
+        >>> inverse.round()
         tensor([[1., 0.],
                 [0., 2.]])
     """
