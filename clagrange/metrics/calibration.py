@@ -14,6 +14,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from clagrange.metrics.calibration_bins import brier_scores
+
 _TOLERANCE = 0.01  # of the sum of probabilities; that of a softmax in bfloat16 is off by some thousandths
 
 
@@ -88,7 +90,7 @@ def brier_score(probabilities: Tensor, targets: Tensor) -> Tensor:
         >>> brier_score(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 0]))
         tensor(0.2500)
     """
-    return _squares(*_checked(probabilities, targets)).mean(-1)
+    return brier_scores(*_checked(probabilities, targets)).mean(-1)
 
 
 class ExpectedCalibrationError(MulticlassCalibrationError):
@@ -174,17 +176,12 @@ class BrierScore(_MeanScore):
     """
 
     def _scores(self, probabilities: Tensor, targets: Tensor) -> Tensor:
-        return _squares(probabilities, targets)
+        return brier_scores(probabilities, targets)
 
 
 def _surprises(probabilities: Tensor, targets: Tensor) -> Tensor:
     chosen = probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return -chosen.clamp(min=torch.finfo(chosen.dtype).tiny).log()
-
-
-def _squares(probabilities: Tensor, targets: Tensor) -> Tensor:
-    one_hot = torch.nn.functional.one_hot(targets, probabilities.shape[-1])
-    return (probabilities - one_hot).square().sum(-1)
 
 
 def _below_one(probabilities: Tensor) -> Tensor:

@@ -60,5 +60,5 @@ def binned_calibration_error(sums: Tensor) -> Tensor:
 def brier_scores(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Σ_c (p_c − [c = target])² of every example, the shape of targets."""
     probabilities = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
-    chosen = probabilities.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
-    return probabilities.square().sum(-1) - 2.0 * chosen + 1.0
+    one_hot = torch.nn.functional.one_hot(targets.long(), probabilities.shape[-1])
+    return (probabilities - one_hot).square().sum(-1)

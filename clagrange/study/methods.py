@@ -77,9 +77,16 @@ _DETECTORS: dict[str, Any] = {
 _BASES = {"sgd": _sgd, "adam": _adam}
 
 
-def _base(name: str, network: nn.Module, lr: Number) -> Optimizer:
-    check_choice("base", name, _BASES)
-    return _BASES[name](network, lr)
+class BasedMethod(Method):
+    """A method that stands on SGD or Adam: its settings are the learning rate ``lr`` and the name ``base``."""
+
+    lr: float
+    base: str
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The base optimizer."""
+        check_choice("base", self.base, _BASES)
+        return _BASES[self.base](network, self.lr)
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,7 @@ class AdamInputNormalization(Method):
 
 
 @dataclass(frozen=True)
-class ShrinkAndPerturb(Method):
+class ShrinkAndPerturb(BasedMethod):
     """Shrink all weights and add noise, or fresh initial weights: at every step, every so many, or at switches.
 
     Args:
@@ -202,10 +209,6 @@ class ShrinkAndPerturb(Method):
     every: str | int = "step"
     perturbation: str = "normal"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """Shrink and perturb."""
         return [
@@ -216,7 +219,7 @@ class ShrinkAndPerturb(Method):
 
 
 @dataclass(frozen=True)
-class L2Init(Method):
+class L2Init(BasedMethod):
     """L2 regularisation toward the initial weights.
 
     Args:
@@ -232,17 +235,13 @@ class L2Init(Method):
     base: str = "sgd"
     resample: str = "never"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The regulariser."""
         return [interventions.L2Init(self.strength, self.resample, seeds)]
 
 
 @dataclass(frozen=True)
-class RegenerativeL1(Method):
+class RegenerativeL1(BasedMethod):
     """L1 regularisation toward the initial weights.
 
     Args:
@@ -258,17 +257,13 @@ class RegenerativeL1(Method):
     base: str = "sgd"
     resample: str = "never"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The regulariser."""
         return [interventions.RegenerativeL1(self.strength, self.resample, seeds)]
 
 
 @dataclass(frozen=True)
-class HareAndTortoise(Method):
+class HareAndTortoise(BasedMethod):
     """Keep a slow average of the weights, and return to it every so many steps.
 
     Args:
@@ -284,17 +279,13 @@ class HareAndTortoise(Method):
     every: int = 1000
     base: str = "sgd"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The average."""
         return [interventions.HareAndTortoise(self.decay, self.every)]
 
 
 @dataclass(frozen=True)
-class SpectralRegularization(Method):
+class SpectralRegularization(BasedMethod):
     """Regularisation of the largest singular value of every layer toward 1.
 
     Args:
@@ -310,17 +301,13 @@ class SpectralRegularization(Method):
     power: float = 2.0
     base: str = "sgd"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The regulariser."""
         return [interventions.SpectralRegularization(self.strength, self.power, seeds)]
 
 
 @dataclass(frozen=True)
-class NormalizeAndProject(Method):
+class NormalizeAndProject(BasedMethod):
     """Layer norm before every ReLU, and weights that keep their initial norm.
 
     Args:
@@ -338,17 +325,13 @@ class NormalizeAndProject(Method):
         """Put the norms in."""
         add_layer_norm(network)
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The projection."""
         return [interventions.NormalizeAndProject(self.every)]
 
 
 @dataclass(frozen=True)
-class SoftReset(Method):
+class SoftReset(BasedMethod):
     """A drift to the initial weights, as fast as the likelihood of each batch asks for.
 
     Args:
@@ -368,17 +351,13 @@ class SoftReset(Method):
     origin: str = "initial"
     base: str = "sgd"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The drift."""
         return [interventions.SoftReset(self.gamma_lr, self.posterior_scale, self.scope, self.origin)]
 
 
 @dataclass(frozen=True)
-class LayerNorm(Method):
+class LayerNorm(BasedMethod):
     """Layer norm before every ReLU: the control for normalisation inside the network.
 
     Args:
@@ -394,13 +373,9 @@ class LayerNorm(Method):
         """Put the norms in."""
         add_layer_norm(network)
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
 
 @dataclass(frozen=True)
-class Crelu(Method):
+class Crelu(BasedMethod):
     """Concatenated ReLU: of every unit its positive and its negative part, so that one is always alive.
 
     Args:
@@ -416,13 +391,9 @@ class Crelu(Method):
         """Put the activations in; weights are drawn afresh from the seeds."""
         use_crelu(network, generators_from_seeds(seeds, next(network.parameters()).device))
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
 
 @dataclass(frozen=True)
-class ContinualBackprop(Method):
+class ContinualBackprop(BasedMethod):
     """Replace the least useful mature hidden units, a few at a time.
 
     Args:
@@ -441,10 +412,6 @@ class ContinualBackprop(Method):
     utility: str = "contribution"
     base: str = "sgd"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """Generate and test."""
         return [
@@ -455,7 +422,7 @@ class ContinualBackprop(Method):
 
 
 @dataclass(frozen=True)
-class GradedContinualBackprop(Method):
+class GradedContinualBackprop(BasedMethod):
     """Move every hidden unit a little toward a fresh one, the more the less it learns.
 
     Args:
@@ -471,17 +438,13 @@ class GradedContinualBackprop(Method):
     every: int = 100
     base: str = "sgd"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The graded reset."""
         return [interventions.GradedContinualBackprop(self.rate, every=self.every, seed=seeds)]
 
 
 @dataclass(frozen=True)
-class Redo(Method):
+class Redo(BasedMethod):
     """Let hidden units start over that are dormant beside the others of their layer.
 
     Args:
@@ -499,17 +462,13 @@ class Redo(Method):
     score: str = "activation"
     base: str = "sgd"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The recycling."""
         return [interventions.ReDo(self.threshold, every=self.every, score=self.score, seed=seeds)]
 
 
 @dataclass(frozen=True)
-class SelfNormalizedResets(Method):
+class SelfNormalizedResets(BasedMethod):
     """Let a hidden unit start over that is silent for longer than its own past makes likely.
 
     Args:
@@ -525,17 +484,13 @@ class SelfNormalizedResets(Method):
     longest: int = 1000
     base: str = "sgd"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The resets."""
         return [interventions.SelfNormalizedResets(self.rejection, self.longest, seed=seeds)]
 
 
 @dataclass(frozen=True)
-class HeadReset(Method):
+class HeadReset(BasedMethod):
     """Set the output layer to 0 at every switch.
 
     Args:
@@ -547,17 +502,13 @@ class HeadReset(Method):
     lr: float = 0.03
     base: str = "sgd"
 
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
-
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The reset."""
         return [interventions.HeadReset()]
 
 
 @dataclass(frozen=True)
-class LastLayerReset(Method):
+class LastLayerReset(BasedMethod):
     """Draw the last layer afresh, at every switch or every few steps.
 
     Args:
@@ -572,10 +523,6 @@ class LastLayerReset(Method):
     every: int | None = None
     forget: bool = True
     base: str = "sgd"
-
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The base optimizer."""
-        return _base(self.base, network, self.lr)
 
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """The reset."""
