@@ -36,7 +36,7 @@ COLUMNS = {
     "last tenth": "the same over the last tenth of the tasks",
     "change": (
         "last tenth minus first tenth, in percentage points, with the interval over seeds; an interval below 0 "
-        "(of a loss: above 0) is a loss of plasticity"
+        "(of a loss: above 0) is a loss of plasticity, where the tasks are equally hard"
     ),
     "seconds": "wall time of the training steps of all seeds together",
     "model-steps/s": "optimizer steps of one network, times seeds, per second",
@@ -77,18 +77,21 @@ def summarize(
     environment: Mapping[str, object],
     planned: Mapping[str, Sequence[str]] | None = None,
     tasks: Mapping[str, int] | None = None,
+    equally_hard: Mapping[str, bool] | None = None,
 ) -> dict[str, Any]:
     """The study in the form of `summary.json`, strictly JSON: null where there is no number, never NaN.
 
-    ``{"schema": 1, "status", "environment", "streams": [{"name", "tasks", "measure", "methods": [{"name",
-    "told_of_switches", "seeds": [...], "online_accuracy": {"mean", "low", "high"}, "loss": {...}, "first_tenth",
-    "last_tenth", "change": {"mean", "low", "high"}, "model_steps_per_second", "seconds", "diverged",
-    "average_accuracy": {...}, "forgetting": {...}, "backward_transfer": {...}, "forward_transfer": {...}}]}]}``
+    ``{"schema": 1, "status", "environment", "streams": [{"name", "tasks", "measure", "equally_hard", "methods":
+    [{"name", "told_of_switches", "seeds": [...], "online_accuracy": {"mean", "low", "high"}, "loss": {...},
+    "first_tenth", "last_tenth", "change": {"mean", "low", "high"}, "model_steps_per_second", "seconds",
+    "diverged", "average_accuracy": {...}, "forgetting": {...}, "backward_transfer": {...},
+    "forward_transfer": {...}}]}]}``
 
     ``measure`` says what methods are judged by, the "online_accuracy", or the "loss" where targets are numbers;
-    the tenths and their change are of that. Accuracies are fractions, means over seeds; ``change`` is the last
-    minus the first tenth, paired by seed; ``diverged`` is a number of seeds. What is null has no number: the last
-    four without test examples, everything of a method that has no result, or fewer tasks than planned.
+    the tenths and their change are of that; ``equally_hard`` whether the tasks are, so that a change is one of
+    the network. Accuracies are fractions, means over seeds; ``change`` is the last minus the first tenth, paired
+    by seed; ``diverged`` is a number of seeds. What is null has no number: the last four without test examples,
+    everything of a method that has no result, or fewer tasks than planned.
 
     Args:
         results: in the order of the study.
@@ -96,6 +99,7 @@ def summarize(
         environment: what `environment` gave.
         planned: names of the methods of each stream; by default those with a result.
         tasks: number of tasks of each stream; by default the largest among its results.
+        equally_hard: `clagrange.tasks.TaskStream.equally_hard` of each stream; by default True.
 
     Raises:
         ValueError: if a method has two results on a stream.
@@ -114,7 +118,7 @@ def summarize(
                 f"on {result.stream!r}; join their seeds into one result"
             )
         methods[result.method] = result
-    planned, tasks = planned or {}, tasks or {}
+    planned, tasks, equally_hard = planned or {}, tasks or {}, equally_hard or {}
     streams = []
     for stream in dict.fromkeys([*planned, *by_stream]):
         found = by_stream.get(stream, {})
@@ -122,7 +126,8 @@ def summarize(
         names = dict.fromkeys([*planned.get(stream, ()), *found])
         measure = next((result.measure for result in found.values()), "online_accuracy")
         judged = [_method(name, found.get(name), total, measure) for name in names]
-        streams.append({"name": stream, "tasks": total, "measure": measure, "methods": judged})
+        about = {"name": stream, "tasks": total, "measure": measure}
+        streams.append({**about, "equally_hard": equally_hard.get(stream, True), "methods": judged})
     return {"schema": SCHEMA, "status": status, "environment": dict(environment), "streams": streams}
 
 

@@ -91,7 +91,7 @@ def test_summary_has_the_documented_form(summary, tmp_path):
         ("mnist", 30),
     ]
     for stream in read["streams"]:
-        assert set(stream) == {"name", "tasks", "measure", "methods"}
+        assert set(stream) == {"name", "tasks", "measure", "equally_hard", "methods"}
         for method in stream["methods"]:
             assert set(method) == {
                 *("name", "told_of_switches", "seeds", "online_accuracy", "loss", "first_tenth", "last_tenth"),
@@ -379,6 +379,15 @@ def test_findings_claim_nothing_that_the_seeds_cannot_tell():
     assert "No method shows" not in text
     assert "nothing is claimed about their change: euler_lagrange (-" in text
     assert "euler_lagrange is not judged against them: adam (-" in text
+
+
+def test_where_tasks_are_not_equally_hard_nobody_loses_plasticity():
+    results = [fake("sgd", slope=-0.2), fake("adam", slope=0.2)]
+    summary = summarize(results, status="complete", environment={}, equally_hard={"digits": False})
+    worse, better, why = findings(summary["streams"][0], results)
+    assert worse.startswith("Become worse; the interval of the change lies below 0: sgd (-")
+    assert better.startswith("Become better")
+    assert "not equally hard" in why
 
 
 def by_loss(method, slope, **settings):
