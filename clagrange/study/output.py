@@ -49,6 +49,7 @@ def write_output(
         equally_hard={
             name: STREAMS.get(body["stream"]["kind"], TaskStream).equally_hard for name, body in streams.items()
         },
+        thresholds={name: body["threshold"] for name, body in streams.items() if "threshold" in body},
     )
     write_summary(folder.path, summary)
     write_plots(folder.path, found)
