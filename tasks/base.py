@@ -113,7 +113,7 @@ class Preset:
         stream: arguments of the stream.
         network: settings of `clagrange.networks.build`.
         optimizer: the base optimizer: its name under "kind", and its settings; a tuple where the publication
-            searched over several values.
+            searched over several values, by the name of the optimizer where they differ.
         at_switch: what the publication does to network and optimizer when a task ends.
     """
 
