@@ -215,9 +215,12 @@ def _tune(chosen: Namespace, console: Console) -> int:
 
 
 def _list(chosen: Namespace, console: Console) -> int:
+    from rich.markup import escape
+
     from clagrange._checks import did_you_mean
+    from clagrange.metrics.registry import listing
     from clagrange.study.methods import METHODS
-    from clagrange.study.results import METRICS
+    from clagrange.study.results import logged
     from clagrange.study.settings import STREAMS, SettingsError
 
     entries: dict[str, Callable[[], list[dict[str, Any]]]] = {
@@ -226,7 +229,7 @@ def _list(chosen: Namespace, console: Console) -> int:
             {**_describe(name, kind), "presets": {key: preset.written for key, preset in kind.PRESETS.items()}}
             for name, kind in STREAMS.items()
         ],
-        "metrics": lambda: [{"name": name, "summary": summary} for name, summary in METRICS.items()],
+        "metrics": lambda: [{**entry, "logged": logged(entry["name"])} for entry in listing()],
     }
     if chosen.what not in entries:
         raise SettingsError(
@@ -237,9 +240,10 @@ def _list(chosen: Namespace, console: Console) -> int:
         print(json.dumps(found, indent=1))
         return 0
     for entry in found:
-        console.print(f"[bold]{entry['name']}[/bold]  {entry['summary']}", highlight=False)
-        if entry.get("source"):
-            console.print(f"    {entry['source']}", highlight=False, style="dim")
+        console.print(f"[bold]{entry['name']}[/bold]  {escape(entry['summary'])}", highlight=False)
+        for note in ("source", "logged"):
+            if entry.get(note):
+                console.print(f"    {entry[note]}", highlight=False, style="dim", markup=False)
         if entry.get("parameters"):
             defaults = ", ".join(f"{name}={value}" for name, value in entry["parameters"].items())
             console.print(f"    {defaults}", highlight=False, markup=False)

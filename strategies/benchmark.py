@@ -27,7 +27,8 @@ def benchmark(stream: TaskStream) -> CLScenario:
 
     Task labels are all 0, or the task's number where the stream tells it (`TaskStream.multi_head`). Targets are
     class numbers, or float32 tensors where the stream's loss is "mse", which wants
-    ``criterion=clagrange.networks.LOSSES[stream.loss]``. Images are shown without augmentation.
+    ``criterion=clagrange.networks.LOSSES[stream.loss]``. Images are shown without augmentation. Experiences carry
+    ``hidden_switches`` of the stream: where it is true, `InterventionPlugin` announces none.
 
     Example:
         >>> scenario = benchmark(clagrange.tasks.PermutedDigits(tasks=3))
@@ -56,6 +57,11 @@ class _TaskSequence(SequenceCLStream):  # type: ignore[misc]
 
     def _make_experience(self, experience_idx: int) -> "_TaskExperience":
         return _TaskExperience(range(len(self._stream))[experience_idx], self)
+
+    @property
+    def hidden_switches(self) -> bool:
+        """Whether no method is to be told when a task ends."""
+        return self._stream.hidden_switches
 
     def label(self, number: int) -> int:
         """The task label of an experience."""
@@ -86,6 +92,7 @@ class _TaskExperience(DatasetExperience):  # type: ignore[misc]
         self.origin_stream = sequence
         self.task_label = sequence.label(number)
         self.task_labels = [self.task_label]
+        self.hidden_switches = sequence.hidden_switches
 
     @property
     def dataset(self) -> Any:

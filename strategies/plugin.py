@@ -15,8 +15,9 @@ class InterventionPlugin(SupervisedPlugin):  # type: ignore[misc]
     it for every experience but the first that was ever trained (also over several calls of ``train``),
     ``on_gradient`` before and ``on_step`` after the optimizer's step. The pieces of an online stream
     (`avalanche.benchmarks.OnlineCLExperience`) are switches where a new task begins and the stream grants access
-    to the boundaries; where it does not, nobody announces a switch. An intervention with a detector acts at the
-    switches that this notices, whatever is announced.
+    to the boundaries; where it does not, nobody announces a switch, and neither where an experience says
+    ``hidden_switches``, as those of a task stream do whose change is gradual. An intervention with a detector
+    acts at the switches that this notices, whatever is announced.
 
     Hooks stay in the network, so that normalised inputs are normalised in ``eval`` too and in a call of the
     network after training; what they gather, they gather in training mode only. `detach` takes them out.
@@ -124,5 +125,7 @@ class InterventionPlugin(SupervisedPlugin):  # type: ignore[misc]
 def _begins_task(experience: Any) -> bool:
     """Whether training is told that another task begins with this experience."""
     if isinstance(experience, OnlineCLExperience):
-        return bool(experience.access_task_boundaries and experience.is_first_subexp)
-    return True
+        if not (experience.access_task_boundaries and experience.is_first_subexp):
+            return False
+        experience = experience.origin_experience
+    return not getattr(experience, "hidden_switches", False)

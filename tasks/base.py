@@ -113,7 +113,7 @@ class Preset:
         stream: arguments of the stream.
         network: settings of `clagrange.networks.build`.
         optimizer: the base optimizer: its name under "kind", and its settings; a tuple where the publication
-            searched over several values.
+            searched over several values, by the name of the optimizer where they differ.
         at_switch: what the publication does to network and optimizer when a task ends.
     """
 
@@ -158,6 +158,8 @@ class TaskStream(ABC):
         classes: number of classes; of outputs, where targets are numbers.
         loss: "cross_entropy" for targets that are classes, "mse" for numbers.
         hidden_switches: whether no method is to be told when a task ends, because the change is gradual.
+        equally_hard: whether a fresh network would do as well on any task, so that a change over the tasks is one
+            of the network.
         multi_head: whether a network is told which task an example is of, in evaluation too.
         class_names: what the target numbers mean, where that is known.
         PRESETS: protocols of publications, by name.
@@ -167,6 +169,7 @@ class TaskStream(ABC):
     classes: int
     loss: str = "cross_entropy"
     hidden_switches: bool = False
+    equally_hard: bool = True
     multi_head: bool = False
     class_names: tuple[str, ...] | None = None
     PRESETS: ClassVar[Mapping[str, Preset]] = {}

@@ -40,7 +40,7 @@ class FivePlusOneCIFAR(ImageStream):
             source="Kumar et al. (2023), 5+1 CIFAR: 780 steps a task",
             stream={"source": "cifar100", "tasks": 30, "examples": 2_500, "batch_size": 32, "epochs": 10},
             network={"kind": "mlp", "hidden": [100, 100]},
-            optimizer={"kind": "adam", "lr": (1e-3, 1e-4)},
+            optimizer={"kind": ("sgd", "adam"), "lr": {"sgd": (0.01, 0.001), "adam": (1e-3, 1e-4)}},
         ),
         "small": Preset(
             source="a plasticity study within a few minutes, on 16×16 pixels",

@@ -80,6 +80,8 @@ class IncrementalCIFAR(ImageStream):
         ),
     }
 
+    equally_hard = False
+
     def __init__(
         self,
         source: str = "cifar100",

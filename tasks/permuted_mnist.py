@@ -44,7 +44,7 @@ class PermutedMNIST(TaskStream):
             source="Kumar et al. (2023), permuted MNIST",
             stream={"tasks": 500, "examples": 10_000, "batch_size": 16, "epochs": 1},
             network={"kind": "mlp", "hidden": [100, 100]},
-            optimizer={"kind": "adam", "lr": (1e-3, 1e-4)},
+            optimizer={"kind": ("sgd", "adam"), "lr": {"sgd": (0.01, 0.001), "adam": (1e-3, 1e-4)}},
         ),
         "small": Preset(
             source="a plasticity study within a few minutes",

@@ -36,13 +36,13 @@ class RandomLabels(ImageStream):
             source="Kumar et al. (2023), random-label MNIST: 30,000 steps a task",
             stream={"source": "mnist", "tasks": 50, "examples": 1_200, "batch_size": 16, "epochs": 400},
             network={"kind": "mlp", "hidden": [100, 100]},
-            optimizer={"kind": "adam", "lr": (1e-3, 1e-4)},
+            optimizer={"kind": ("sgd", "adam"), "lr": {"sgd": (0.01, 0.001), "adam": (1e-3, 1e-4)}},
         ),
         "l2_init_cifar10": Preset(
             source="Kumar et al. (2023), random-label CIFAR-10: 30,000 steps a task",
             stream={"source": "cifar10", "tasks": 50, "examples": 1_200, "batch_size": 16, "epochs": 400},
             network={"kind": "mlp", "hidden": [100, 100]},
-            optimizer={"kind": "adam", "lr": (1e-3, 1e-4)},
+            optimizer={"kind": ("sgd", "adam"), "lr": {"sgd": (0.01, 0.001), "adam": (1e-3, 1e-4)}},
         ),
         "small": Preset(
             source="a plasticity study within a few minutes",

@@ -33,7 +33,7 @@ class TabularDrift(TaskStream):
         target: the column to predict.
         numeric: numeric columns; default: all others of numbers, if ``categorical`` is not given either.
         categorical: columns of categories; default: all others of words and truth values, likewise.
-        kind: of the target: "classes" or "number"; default: "number" for floating-point columns.
+        target_kind: "classes" or "number"; default: "number" for floating-point columns.
         tasks: number of tasks; default: as many as the table has.
         examples: rows of each task.
         batch_size: rows of a batch.
@@ -56,13 +56,28 @@ class TabularDrift(TaskStream):
     PRESETS = {
         "electricity": Preset(
             source="Harries (1999), prices of New South Wales every half hour for 2.5 years, a task a week",
-            stream={"file": "electricity.csv", "target": "class", "kind": "classes", "examples": 336},
+            stream={"file": "electricity.csv", "target": "class", "target_kind": "classes", "examples": 336},
+            network={"kind": "mlp", "hidden": [64, 64]},
+            optimizer={"kind": "adam", "lr": 0.001},
+        ),
+        "flights": Preset(
+            source="flights from New York in 2013, more than 15 minutes late or not, a task a week; "
+            "benchmarks/flights.py makes the table",
+            stream={
+                "file": "flights.parquet",
+                "target": "late",
+                "numeric": ["hour", "minute", "distance"],
+                "categorical": ["weekday", "carrier", "origin", "dest"],
+                "examples": 6_304,
+                "batch_size": 16,
+            },
             network={"kind": "mlp", "hidden": [64, 64]},
             optimizer={"kind": "adam", "lr": 0.001},
         ),
     }
 
     hidden_switches = True
+    equally_hard = False
 
     def __init__(
         self,
@@ -70,7 +85,7 @@ class TabularDrift(TaskStream):
         target: str,
         numeric: list[str] | None = None,
         categorical: list[str] | None = None,
-        kind: str | None = None,
+        target_kind: str | None = None,
         tasks: int | None = None,
         examples: int = 336,
         batch_size: int = 8,
@@ -78,14 +93,14 @@ class TabularDrift(TaskStream):
         root: str | None = None,
         seed: int = 0,
     ) -> None:
-        if kind is not None:
-            check_choice("kind", kind, KINDS)
+        if target_kind is not None:
+            check_choice("target_kind", target_kind, KINDS)
         super().__init__(1 if tasks is None else tasks, examples, batch_size, epochs, seed)
         self.file = file
         self.target = target
         self.numeric = numeric
         self.categorical = categorical
-        self.kind = kind
+        self.target_kind = target_kind
         self.root = root
         table = self._table()
         available = len(table.targets) // examples
@@ -116,7 +131,7 @@ class TabularDrift(TaskStream):
 
     def _table(self) -> "_Table":
         chosen = (None if columns is None else tuple(columns) for columns in (self.numeric, self.categorical))
-        return _read(data_folder(self.root) / self.file, self.target, *chosen, self.kind, self.examples)
+        return _read(data_folder(self.root) / self.file, self.target, *chosen, self.target_kind, self.examples)
 
 
 class _Table:

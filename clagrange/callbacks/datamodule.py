@@ -66,6 +66,11 @@ class StreamDataModule(pl.LightningDataModule):
         return self.stream.locate(min(self.trained_batches, self.stream.total_steps - 1))[0]
 
     @property
+    def hidden_switches(self) -> bool:
+        """Whether no method is to be told when a task ends: then `InterventionCallback` announces no switch."""
+        return self.stream.hidden_switches
+
+    @property
     def trained_batches(self) -> int:
         """How many batches the Trainer has finished, in all its epochs and fits."""
         if self.trainer is None:

@@ -26,7 +26,8 @@ class InterventionCallback(TaskCallback):
     How a switch is noticed, by default: from the batch when it carries the task, as (inputs, targets, task);
     else from the data module's ``current_task``; else every new `fit` with the same callback is a new task. So
     a Trainer per task, one Trainer whose data module moves on, and one endless loader all work. A new
-    experiment takes a new callback.
+    experiment takes a new callback. Where the data module says ``hidden_switches``, as a `StreamDataModule` does
+    of a stream whose change is gradual, no switch is announced, however it could be noticed.
 
     The state of the interventions, their random streams and the current task are in checkpoints, which load
     with ``weights_only=True``; training that resumes in the middle of a task goes on as if it had not stopped.
@@ -87,7 +88,9 @@ class InterventionCallback(TaskCallback):
         ]
 
     def task_switched(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hand on the switch."""
+        """Hand on the switch, unless nobody is to be told."""
+        if getattr(getattr(trainer, "datamodule", None), "hidden_switches", False):
+            return
         for intervention in self.interventions:
             intervention.switch_announced(self.network_of(pl_module), _optimizer(trainer))
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
-from clagrange._checks import check_number
+from clagrange.metrics.efficiency import first_crossing
 from clagrange.metrics.intervals import Array, Interval, interval
 
 
@@ -161,26 +162,16 @@ def fermat_time(speeds: LearningSpeed | Sequence[LearningSpeed], threshold: floa
 
 
 def _times(errors: ArrayLike, at: ArrayLike, threshold: float, confidence: float, name: str) -> TimeToThreshold:
-    check_number("threshold", threshold)
-    curves = np.atleast_2d(np.asarray(errors, dtype=np.float64))
-    points = np.asarray(at, dtype=np.float64)
-    if curves.ndim != 2 or curves.size == 0 or points.shape not in (curves.shape, curves.shape[1:]):
-        raise ValueError(
-            f"{name}: expected shape (points,) or that of errors (seeds, points) {curves.shape}, "
-            f"got {points.shape}"
-        )
-    if not (np.diff(points, axis=-1) >= 0).all():
-        raise ValueError(
-            f"{name}: expected ascending numbers; sort the points, and let them count from the start"
-        )
+    curves = np.atleast_2d(np.array(errors, dtype=np.float64))
+    if curves.ndim != 2:
+        raise ValueError(f"errors: expected shape (points,) or (seeds, points), got {curves.shape}")
     if np.isnan(curves).any():
         raise ValueError("errors: expected numbers, got NaN; a seed that diverged has the error inf")
-    below = curves <= threshold
-    first = np.take_along_axis(np.broadcast_to(points, curves.shape), below.argmax(1)[:, None], 1)[:, 0]
-    found = np.where(below.any(1), first, np.inf)
+    points = np.array(at, dtype=np.float64)
+    found = first_crossing(torch.from_numpy(curves), torch.from_numpy(points), threshold, name=name).numpy()
     return TimeToThreshold(
         float(threshold),
         tuple(float(value) for value in found),
         interval(found, confidence=confidence),
-        float(below.any(1).mean()),
+        float(np.isfinite(found).mean()),
     )

@@ -28,8 +28,15 @@ def time_to_threshold(curve: Tensor, at: Tensor, threshold: float, *, higher_is_
         >>> time_to_threshold(torch.tensor([0.9, 0.4, 0.2]), torch.tensor([10, 20, 30]), threshold=0.4)
         tensor(20., dtype=torch.float64)
     """
+    return first_crossing(curve, at, threshold, higher_is_better=higher_is_better)
+
+
+def first_crossing(
+    curve: Tensor, at: Tensor, threshold: float, *, higher_is_better: bool = False, name: str = "at"
+) -> Tensor:
+    """`time_to_threshold`, whose errors call ``at`` by another name."""
     check_number("threshold", threshold)
-    at = _checked(curve, at, points=1)
+    at = _checked(curve, at, points=1, name=name)
     reached = curve >= threshold if higher_is_better else curve <= threshold
     first = at.gather(-1, reached.byte().argmax(-1, keepdim=True)).squeeze(-1)
     return torch.where(reached.any(-1), first, torch.inf)
@@ -56,13 +63,15 @@ def area_under_curve(curve: Tensor, at: Tensor) -> Tensor:
     return torch.trapezoid(curve.double(), at, dim=-1) / (at[..., -1] - at[..., 0])
 
 
-def _checked(curve: Tensor, at: Tensor, points: int) -> Tensor:
+def _checked(curve: Tensor, at: Tensor, points: int, name: str = "at") -> Tensor:
     """``at`` in the shape of the curve, in float64, which counts samples exactly."""
     if curve.dim() == 0 or curve.shape[-1] < points or at.shape not in (curve.shape, curve.shape[-1:]):
         raise ValueError(
-            f"at: expected shape (points,), with at least {points}, or that of the curve {tuple(curve.shape)}, "
-            f"got {tuple(at.shape)}"
+            f"{name}: expected shape (points,), with at least {points}, or that of the curve "
+            f"{tuple(curve.shape)}, got {tuple(at.shape)}"
         )
     if not bool((at.diff(dim=-1) >= 0).all()):
-        raise ValueError("at: expected ascending numbers; sort the points, and let them count from the start")
+        raise ValueError(
+            f"{name}: expected ascending numbers; sort the points, and let them count from the start"
+        )
     return at.to(device=curve.device, dtype=torch.float64).expand(curve.shape)

@@ -39,10 +39,14 @@ METRICS: dict[str, Quantity] = {
     # counted batch by batch, each before the step on it
     "online_accuracy": Quantity("accuracy on each batch before the step on it, over the task", "1", "stream"),
     "loss": Quantity("cross-entropy on each batch before the step on it, over the task", "nats", "stream"),
-    "calibration_error": Quantity("expected calibration error of the same predictions", "1", "stream"),
-    "brier_score": Quantity("Brier score of the same predictions, summed over classes", "1", "stream"),
+    "calibration_error": Quantity(
+        "Σ_b (n_b/n)·|accuracy_b − confidence_b| over 15 bins of the confidence, of the same predictions",
+        "1",
+        "stream",
+    ),
+    "brier_score": Quantity("mean of Σ_c (p_c − [c = target])² of the same predictions", "1", "stream"),
     "sample_plasticity": Quantity(
-        "mean of max(1 - loss after the step / loss before it, 0) on the same examples",
+        "mean of max(1 − loss after the step / loss before it, 0) on the same examples",
         "1",
         "stream",
         EVERY_BATCH,

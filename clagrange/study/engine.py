@@ -13,12 +13,13 @@ from torch import Tensor
 from clagrange._modes import evaluating
 from clagrange.interventions import Intervention
 from clagrange.metrics import initial_parameters, measure
-from clagrange.metrics.plasticity import hits
+from clagrange.metrics.calibration_bins import binned_calibration_error, brier_scores, calibration_bins
+from clagrange.metrics.plasticity import hits, plasticity_of_samples
 from clagrange.networks import LOSSES, build
 from clagrange.replicas import stack
 from clagrange.study.files import FileProblem, replacing
 from clagrange.study.methods import Method
-from clagrange.study.results import AFTER_A_TASK, BEFORE_A_TASK, METRICS, MethodResult
+from clagrange.study.results import AFTER_A_TASK, BEFORE_A_TASK, BY_LAYER, METRICS, MethodResult
 from clagrange.tasks import Task, TaskStream
 
 PROBE = 256
@@ -29,6 +30,9 @@ MATRIX_TASKS = 50
 
 TEST = 1_000
 """Test examples of a task on which accuracy is measured."""
+
+TOGETHER = 32
+"""Batches whose predictions are counted in one go."""
 
 CHUNK = 1 << 22
 """How many input values of all replicas are made at once."""
@@ -44,7 +48,9 @@ class Run:
     Accuracy and loss are those of each batch before the step on it. Where a method trains with drawn weights
     (`Method.samples_weights`) they are measured at the means, by a forward pass of their own, which as evaluation
     does not count in ``seconds``. Where targets are numbers there is no accuracy: it is NaN. Where tasks say
-    which classes take part, the other outputs are left out of loss and accuracy.
+    which classes take part, the other outputs are left out of loss and accuracy. The same predictions are counted
+    for calibration error and Brier score, many batches at a time and off the clock; with a small network and SGD
+    that takes 2 % of the time of a step.
 
     Args:
         method: the method; its numbers may be tensors of shape (R,).
@@ -53,6 +59,9 @@ class Run:
         measured: whether to measure more than online accuracy and loss; a search does not.
         sharpness_every: tasks from one measurement of the sharpness to the next, which takes up to some hundred
             passes of 256 examples; default: never.
+        sample_plasticity_every: tasks from one measurement of the sample plasticity to the next, which takes two
+            further forward passes of every batch of the task, with SGD up to as much time as training; default:
+            never.
         dtype: of the network.
         device: where to train.
     """
@@ -65,6 +74,7 @@ class Run:
         *,
         measured: bool = True,
         sharpness_every: int | None = None,
+        sample_plasticity_every: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -85,6 +95,11 @@ class Run:
         self.seconds = 0.0
         self.measured = measured
         self.sharpness_every = sharpness_every
+        self.sample_plasticity_every = sample_plasticity_every
+        self._elapsed: list[float] = []
+        self._follows_samples = False
+        self._uncounted: list[tuple[Tensor, Tensor]] = []
+        self._sums: dict[str, Tensor] = {}
         self._initial = initial_parameters(self.network)
         self._left_out: Tensor | None = None
         self.metrics = {name: np.full((len(seeds), first.tasks), np.nan) for name in METRICS}
@@ -109,6 +124,8 @@ class Run:
         self.seconds += time.perf_counter() - started
         if self.measured:
             self._measure(tasks, BEFORE_A_TASK)
+        self._follows_samples = self.measured and _is_turn(number + 1, self.sample_plasticity_every)
+        self._sums = {}
         right = torch.zeros(len(tasks), dtype=torch.float64, device=self.device)
         losses = torch.zeros_like(right)
         for epoch in range(first.epochs):
@@ -120,21 +137,22 @@ class Run:
                     losses += loss
                     if on_step is not None:
                         on_step()
+                self._count()
                 self.seconds += time.perf_counter() - started
         batches = first.steps_of(number) * first.epochs
         self._note("online_accuracy", right / (batches * first.batch_size))
         self._note("loss", losses / batches)
+        self._note_counts(batches * first.batch_size)
         if self.measured:
             self._measure_after(tasks)
+        self._elapsed.append(self.seconds)
         self.next_task += 1
 
     def _measure_after(self, tasks: Sequence[Task]) -> None:
         """Measure what a task has come to."""
-        names = set(AFTER_A_TASK) - {"task_accuracy"}
         done = self.next_task + 1
-        if self.sharpness_every is None or done % self.sharpness_every:
-            names.remove("sharpness")
-        self._measure(tasks, [name for name in AFTER_A_TASK if name in names])
+        left_out = {"task_accuracy"} if _is_turn(done, self.sharpness_every) else {"task_accuracy", "sharpness"}
+        self._measure(tasks, [name for name in (*AFTER_A_TASK, BY_LAYER) if name not in left_out])
         if self.streams[0].loss == "cross_entropy":
             self._note("task_accuracy", self._accuracy([task.test or task for task in tasks], TEST))
         self._measure_test_accuracies(done)
@@ -146,7 +164,7 @@ class Run:
 
     def _step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """One training step; hits and mean loss of each replica before it."""
-        at_mean = self._logits_at_mean(inputs) if self.samples_weights else None
+        before = self._logits_at_mean(inputs) if self.samples_weights or self._follows_samples else None
         self.optimizer.zero_grad()
         logits = self._logits(inputs)
         losses = self.loss(logits, targets, reduction="none")
@@ -158,13 +176,19 @@ class Run:
         self.optimizer.step()
         for intervention in self.interventions:
             intervention.step_taken(self.network, self.optimizer)
-        losses = losses.detach()
-        if at_mean is not None:
-            logits, losses = at_mean, self.loss(at_mean, targets, reduction="none")
+        if self._follows_samples and before is not None:
+            self._count_gain(before, inputs, targets)
+        logits, losses = logits.detach(), losses.detach()
+        if self.samples_weights and before is not None:
+            logits, losses = before, self.loss(before, targets, reduction="none")
+        if self.measured and not targets.is_floating_point():
+            self._uncounted.append((logits, targets))
+            if len(self._uncounted) == TOGETHER:
+                self._count()
         if targets.is_floating_point():
             return torch.full_like(losses[:, 0], torch.nan), losses.mean(1)
         # a prediction that is not finite is wrong
-        right = (logits.detach().argmax(-1) == targets) & losses.isfinite()
+        right = (logits.argmax(-1) == targets) & losses.isfinite()
         return right.sum(1), losses.mean(1)
 
     def _logits(self, inputs: Tensor) -> Tensor:
@@ -187,6 +211,36 @@ class Run:
             logits = self._logits(inputs)
         self.seconds -= time.perf_counter() - started
         return logits
+
+    def _count(self) -> None:
+        """Add what the waiting predictions say of their calibration, off the clock."""
+        if not self._uncounted:
+            return
+        started = time.perf_counter()
+        logits, targets = (torch.cat(parts, 1) for parts in zip(*self._uncounted, strict=True))
+        self._uncounted = []
+        probabilities = logits.softmax(-1)
+        self._add("brier_score", brier_scores(probabilities, targets).sum(-1))
+        self._add("calibration_error", calibration_bins(probabilities, targets))
+        self.seconds -= time.perf_counter() - started
+
+    def _count_gain(self, before: Tensor, inputs: Tensor, targets: Tensor) -> None:
+        """Add what a step gained on the examples it was made on, off the clock."""
+        after = self._logits_at_mean(inputs)
+        started = time.perf_counter()
+        losses = (self.loss(logits, targets, reduction="none") for logits in (before, after))
+        self._add("sample_plasticity", plasticity_of_samples(*losses).sum(-1))
+        self.seconds -= time.perf_counter() - started
+
+    def _add(self, name: str, values: Tensor) -> None:
+        wide = values.to(torch.float64)
+        self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+
+    def _note_counts(self, examples: int) -> None:
+        """Note what was counted over a task of so many examples."""
+        for name, sums in self._sums.items():
+            error = name == "calibration_error"
+            self._note(name, binned_calibration_error(sums) if error else sums / examples)
 
     def _chunks(self, tasks: Sequence[Task], number: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, some at once: inputs (steps, R, batch, ...), targets (steps, R, batch)."""
@@ -247,6 +301,8 @@ class Run:
         return inputs.to(self.dtype), targets.to(self.dtype) if targets.is_floating_point() else targets
 
     def _note(self, name: str, values: Tensor) -> None:
+        if name not in self.metrics:  # of a layer
+            self.metrics[name] = np.full((len(self.streams), self.tasks), np.nan)
         self.metrics[name][:, self.next_task] = values.detach().cpu().double().numpy()
 
     @property
@@ -265,6 +321,7 @@ class Run:
             "key": key,
             "next_task": self.next_task,
             "seconds": self.seconds,
+            "elapsed": self._elapsed,
             "metrics": {name: torch.from_numpy(values) for name, values in self.metrics.items()},
             "matrix": None if self._matrix is None else torch.from_numpy(self._matrix),
             "initial": self._initial,
@@ -299,6 +356,7 @@ class Run:
             intervention.on_start(self.network, self.optimizer)
         self.next_task = checkpoint["next_task"]
         self.seconds = checkpoint["seconds"]
+        self._elapsed = list(checkpoint["elapsed"])
         self.metrics = {name: values.cpu().numpy() for name, values in checkpoint["metrics"].items()}
         self._matrix = None if checkpoint["matrix"] is None else checkpoint["matrix"].cpu().numpy()
         self._initial = checkpoint["initial"]
@@ -317,7 +375,16 @@ class Run:
             steps=self.steps_done,
             seconds=self.seconds,
             matrix=None if self._matrix is None else self._matrix[:, : self.next_task + 1, : self.next_task],
+            samples=np.array(
+                [self.streams[0].batch_size * self.streams[0].first_step(n + 1) for n in range(self.next_task)]
+            ),
+            elapsed=np.array(self._elapsed),
         )
+
+
+def _is_turn(done: int, every: int | None) -> bool:
+    """Whether a measurement is due with a task, the tasks counted from 1."""
+    return every is not None and done % every == 0
 
 
 def _masked(logits: Tensor, left_out: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clagrange.study.files import PARTIAL, file_name
-from clagrange.study.results import METRICS, MethodResult
+from clagrange.study.results import MethodResult
 from clagrange.study.statistics import band
 
 
@@ -46,8 +46,8 @@ def write_events(directory: Path, results: Sequence[MethodResult]) -> None:
 def _curves(result: MethodResult) -> dict[str, list[float]]:
     """Values per task for each tag."""
     curves = {}
-    for name in METRICS:
-        mean, low, high = band(result.metrics[name])
+    for name, values in result.metrics.items():
+        mean, low, high = band(values)
         curves[name] = mean.tolist()
         if name == "online_accuracy":
             curves[f"{name}_low"], curves[f"{name}_high"] = low.tolist(), high.tolist()

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from clagrange.study.results import MethodResult
 from clagrange.study.runner import Folder, stored_results
+from clagrange.tasks import TaskStream
 
 
 def write_output(
@@ -31,6 +32,7 @@ def write_output(
     from clagrange.study.events import write_events
     from clagrange.study.plots import write_plots
     from clagrange.study.report import write_report
+    from clagrange.study.settings import STREAMS
     from clagrange.study.summary import environment, summarize, table, write_summary
     from clagrange.study.summary import markdown as as_markdown
 
@@ -44,6 +46,10 @@ def write_output(
         environment=(status is None and _stored_environment(folder)) or environment(),
         planned=planned,
         tasks={name: body["stream"]["tasks"] for name, body in streams.items()},
+        equally_hard={
+            name: STREAMS.get(body["stream"]["kind"], TaskStream).equally_hard for name, body in streams.items()
+        },
+        thresholds={name: body["threshold"] for name, body in streams.items() if "threshold" in body},
     )
     write_summary(folder.path, summary)
     write_plots(folder.path, found)

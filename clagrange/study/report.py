@@ -124,7 +124,7 @@ def findings(stream: Mapping[str, Any], results: Sequence[MethodResult]) -> list
     finished = [method for method in stream["methods"] if method["seeds"]]
     if not finished:
         return ["No method is finished."]
-    loss = judged_by_loss(stream)
+    loss, alike = judged_by_loss(stream), stream.get("equally_hard", True)
     sentences = []
     changes = {method["name"]: method["change"] for method in finished}
     worse, better = ("above", "below") if loss else ("below", "above")
@@ -136,17 +136,21 @@ def findings(stream: Mapping[str, Any], results: Sequence[MethodResult]) -> list
         name: f"{name} ({number(change['mean'], signed=True, loss=loss)})" for name, change in changes.items()
     }
     unit = "of the loss" if loss else "(in points)"
-    if lose:
+    if lose and not alike:
+        sentences.append(f"Become worse; the interval of the change lies {worse} 0: {_listed(said, lose)}.")
+    elif lose:
         sentences.append(
             f"Lose plasticity; the change from the first to the last tenth {unit} lies {worse} 0: "
             f"{_listed(said, lose)}."
         )
-    elif neither or gain:
+    elif alike and (neither or gain):
         sentences.append(f"No method shows a loss of plasticity: no interval of the change lies {worse} 0.")
     if neither:
         sentences.append(f"Show no change that the seeds can tell from 0: {_listed(said, neither)}.")
     if gain:
         sentences.append(f"Become better; the interval of the change lies {better} 0: {_listed(said, gain)}.")
+    if not alike:
+        sentences.append("The tasks are not equally hard here, so that a change is not the network's alone.")
     if unknown:
         sentences.append(
             f"Without an interval, so nothing is claimed about their change: {_listed(said, unknown)}."

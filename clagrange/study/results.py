@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 from clagrange.metrics.registry import METRICS as QUANTITIES
 from clagrange.study.files import FileProblem, replacing
 
-STREAMED = ("online_accuracy", "loss")
+STREAMED = ("online_accuracy", "loss", "calibration_error", "brier_score", "sample_plasticity")
+REQUIRED = ("online_accuracy", "loss")
+"""What results of every version have."""
 BEFORE_A_TASK = (
     "dead_units",
     "dormant_units",
@@ -31,7 +33,10 @@ AFTER_A_TASK = (
     "determined_parameters",
     "sharpness",
 )
+BY_LAYER = "variance_by_layer"
+"""Measured after every task too, under the name and "/LAYER" for each layer."""
 _WHEN = {
+    "sample_plasticity": "where the study asks for it",
     **dict.fromkeys(BEFORE_A_TASK, "on 256 examples of the task before training on it"),
     **dict.fromkeys(AFTER_A_TASK, "after the task"),
 }
@@ -41,9 +46,22 @@ METRICS = {
 }
 """What is measured in every task, for every seed, under the names of `clagrange.metrics.METRICS`.
 
-"task_accuracy" is on the task's test examples where it has some, else on 256 it was trained on; "sharpness" is
-measured where the study asks for it.
+"task_accuracy" is on the task's test examples where it has some, else on 256 it was trained on; "sharpness" and
+"sample_plasticity" are measured in the tasks for which the study asks, see `clagrange.study.engine.Run`.
 """
+
+
+def logged(name: str) -> str:
+    """Where a metric of `clagrange.metrics.METRICS` is logged.
+
+    Example:
+        >>> logged("forgetting")
+        'study: summary.json, over seeds'
+    """
+    if QUANTITIES[name].kind == "tasks":
+        return "study: summary.json, over seeds"
+    when = {**dict.fromkeys(STREAMED, "over the task"), BY_LAYER: "after the task", **_WHEN}[name]
+    return f"study: results of each task ({when}); PlasticityMonitor, PlasticityMetrics"
 
 
 @dataclass(frozen=True)
@@ -55,12 +73,15 @@ class MethodResult:
         method: name of the method in the study.
         told_of_switches: whether the method uses the announcement of task switches.
         seeds: one for each replica.
-        metrics: for each name in `METRICS` an array (seeds, tasks); NaN where a method has no such number.
+        metrics: for each name in `METRICS`, and each "variance_by_layer/LAYER" of Gaussian weights, an array
+            (seeds, tasks); NaN where a method has no such number.
         diverged: for each seed whether the loss was ever not finite.
         steps: optimizer steps of one network over all tasks.
         seconds: wall time of the training steps of all seeds together, measurements and files apart.
         matrix: on streams of some tasks with test examples, (seeds, 1 + tasks, tasks): the accuracy on the test
             examples of every task, before any training and after each task; else None.
+        samples: number of examples up to the end of each task, (tasks,).
+        elapsed: ``seconds`` up to the end of each task, (tasks,). Both are None in results of older versions.
     """
 
     stream: str
@@ -72,6 +93,8 @@ class MethodResult:
     steps: int
     seconds: float
     matrix: np.ndarray | None = None
+    samples: np.ndarray | None = None
+    elapsed: np.ndarray | None = None
 
     @property
     def measure(self) -> str:
@@ -104,6 +127,11 @@ class MethodResult:
             "diverged": list(self.diverged),
             "steps": self.steps,
             "seconds": self.seconds,
+            **{
+                name: values.tolist()
+                for name, values in (("samples", self.samples), ("elapsed", self.elapsed))
+                if values is not None
+            },
         }
         table = pa.table(columns).replace_schema_metadata({"clagrange": json.dumps(about)})
         with replacing(path) as partial:
@@ -121,11 +149,12 @@ class MethodResult:
             about = json.loads(table.schema.metadata[b"clagrange"])
             seeds = len(about["seeds"])
             tasks = len(table) // seeds
+            by_layer = [name for name in table.column_names if name.startswith(f"{BY_LAYER}/")]
             metrics = {
                 name: table[name].to_numpy().reshape(seeds, tasks)
-                if name in (*STREAMED, *table.column_names)
+                if name in (*REQUIRED, *table.column_names)
                 else np.full((seeds, tasks), np.nan)  # measured by later versions only
-                for name in METRICS
+                for name in (*METRICS, *by_layer)
             }
             matrix = None
             if "test_accuracies" in table.column_names:
@@ -147,4 +176,6 @@ class MethodResult:
             steps=about["steps"],
             seconds=about["seconds"],
             matrix=matrix,
+            samples=np.array(about["samples"]) if "samples" in about else None,
+            elapsed=np.array(about["elapsed"]) if "elapsed" in about else None,
         )

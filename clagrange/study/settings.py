@@ -30,6 +30,9 @@ STREAMS: dict[str, type[TaskStream]] = {
 }
 """The streams that a study file can name."""
 
+SCHEDULES = ("sharpness_every", "sample_plasticity_every")
+"""Numbers of tasks from one expensive measurement to the next."""
+
 
 class SettingsError(ValueError):
     """A study file, an override or an output folder that cannot be used; the message is one line."""
@@ -45,14 +48,17 @@ class StreamStudy:
     network: dict[str, Any]
     methods: dict[str, Method]
     sharpness_every: int | None = None
+    sample_plasticity_every: int | None = None
+    threshold: float | None = None
 
     @property
     def written(self) -> dict[str, Any]:
         """Stream and network as a study file has them; of an MLP the widths of the hidden layers."""
         mlp = {"kind", "hidden"} == set(self.network) and self.network["kind"] == "mlp"
         network = {"hidden": self.network["hidden"]} if mlp else {"network": self.network}
-        sharpness = {} if self.sharpness_every is None else {"sharpness_every": self.sharpness_every}
-        return {"stream": {"kind": self.kind, **self.settings}, **network, **sharpness}
+        asked = {name: getattr(self, name) for name in (*SCHEDULES, "threshold")}
+        measures = {name: value for name, value in asked.items() if value is not None}
+        return {"stream": {"kind": self.kind, **self.settings}, **network, **measures}
 
     def stream(self, seed: int) -> TaskStream:
         """The stream of one seed."""
@@ -79,7 +85,8 @@ class Study:
         """A run before its first task."""
         study = self.streams[stream]
         streams = [study.stream(seed) for seed in self.seeds]
-        return Run(study.methods[method], streams, study.network, sharpness_every=study.sharpness_every)
+        schedules = {name: getattr(study, name) for name in SCHEDULES}
+        return Run(study.methods[method], streams, study.network, **schedules)
 
     def resolved(self) -> dict[str, Any]:
         """Everything in full, defaults included, in the form of a study file."""
@@ -105,6 +112,8 @@ class Study:
         parts = [clagrange.__version__, resolved["seeds"], chosen["stream"], network]
         if "sharpness_every" in chosen:
             parts.append(chosen["sharpness_every"])
+        if "sample_plasticity_every" in chosen:
+            parts.append({"sample_plasticity_every": chosen["sample_plasticity_every"]})
         text = json.dumps([*parts, chosen["methods"][method]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -277,11 +286,19 @@ def read_stream(
 ) -> StreamStudy:
     """One stream of a study file."""
     where = f"streams.{name}"
-    check_keys(where, body, {"stream", "hidden", "network", "sharpness_every", "methods"}, {"methods"})
-    sharpness_every = body.get("sharpness_every")
-    if sharpness_every is not None and (type(sharpness_every) is not int or sharpness_every < 1):
+    known = {"stream", "hidden", "network", *SCHEDULES, "threshold", "methods"}
+    check_keys(where, body, known, {"methods"})
+    schedules = {schedule: body.get(schedule) for schedule in SCHEDULES}
+    for schedule, every in schedules.items():
+        if every is not None and (type(every) is not int or every < 1):
+            raise SettingsError(
+                f"{where}.{schedule}: expected a number of tasks of at least 1, or null, got {every!r}"
+            )
+    threshold = body.get("threshold")
+    if threshold is not None and (type(threshold) not in (int, float) or not math.isfinite(threshold)):
         raise SettingsError(
-            f"{where}.sharpness_every: expected a number of tasks of at least 1, or null, got {sharpness_every!r}"
+            f"{where}.threshold: expected an online accuracy such as 0.8 (a loss where targets are numbers), or "
+            f"null, got {threshold!r}"
         )
     settings = dict(body.get("stream") or {})
     kind = settings.pop("kind", name)
@@ -317,7 +334,7 @@ def read_stream(
             if left_out is None or not isinstance(error.__cause__, ModuleNotFoundError):
                 raise
             left_out(str(error))
-    return StreamStudy(name, kind, resolved, dict(network), methods, sharpness_every)
+    return StreamStudy(name, kind, resolved, dict(network), methods, **schedules, threshold=threshold)
 
 
 def preset_of(kind: Any, name: Any, where: str) -> Preset:

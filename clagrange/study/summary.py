@@ -17,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 import clagrange
+from clagrange.metrics.efficiency import area_under_curve, time_to_threshold
 from clagrange.metrics.forgetting import average_accuracy, backward_transfer, forgetting, forward_transfer
+from clagrange.metrics.plasticity import plasticity_slope
 from clagrange.study.files import replacing
 from clagrange.study.results import MethodResult
 from clagrange.study.statistics import interval, tenths
@@ -36,7 +38,7 @@ COLUMNS = {
     "last tenth": "the same over the last tenth of the tasks",
     "change": (
         "last tenth minus first tenth, in percentage points, with the interval over seeds; an interval below 0 "
-        "(of a loss: above 0) is a loss of plasticity"
+        "(of a loss: above 0) is a loss of plasticity, where the tasks are equally hard"
     ),
     "seconds": "wall time of the training steps of all seeds together",
     "model-steps/s": "optimizer steps of one network, times seeds, per second",
@@ -51,6 +53,9 @@ FORGETTING = {
     "forward_transfer": "forward transfer",
 }
 """What the accuracies on the test examples of all tasks say, and the columns of their table."""
+
+OVER_TASKS = ("plasticity_slope", "area_under_curve", "samples_to_threshold", "seconds_to_threshold")
+"""What the curve over the tasks says."""
 
 _HEADERS = (
     "method",
@@ -77,18 +82,25 @@ def summarize(
     environment: Mapping[str, object],
     planned: Mapping[str, Sequence[str]] | None = None,
     tasks: Mapping[str, int] | None = None,
+    equally_hard: Mapping[str, bool] | None = None,
+    thresholds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The study in the form of `summary.json`, strictly JSON: null where there is no number, never NaN.
 
-    ``{"schema": 1, "status", "environment", "streams": [{"name", "tasks", "measure", "methods": [{"name",
-    "told_of_switches", "seeds": [...], "online_accuracy": {"mean", "low", "high"}, "loss": {...}, "first_tenth",
-    "last_tenth", "change": {"mean", "low", "high"}, "model_steps_per_second", "seconds", "diverged",
-    "average_accuracy": {...}, "forgetting": {...}, "backward_transfer": {...}, "forward_transfer": {...}}]}]}``
+    ``{"schema": 1, "status", "environment", "streams": [{"name", "tasks", "measure", "equally_hard", "methods":
+    [{"name", "told_of_switches", "seeds": [...], "online_accuracy": {"mean", "low", "high"}, "loss": {...},
+    "first_tenth", "last_tenth", "change": {"mean", "low", "high"}, "model_steps_per_second", "seconds",
+    "diverged", "plasticity_slope": {...}, "area_under_curve": {...}, "samples_to_threshold": {...},
+    "seconds_to_threshold": {...}, "average_accuracy": {...}, "forgetting": {...}, "backward_transfer": {...},
+    "forward_transfer": {...}}]}]}``
 
     ``measure`` says what methods are judged by, the "online_accuracy", or the "loss" where targets are numbers;
-    the tenths and their change are of that. Accuracies are fractions, means over seeds; ``change`` is the last
-    minus the first tenth, paired by seed; ``diverged`` is a number of seeds. What is null has no number: the last
-    four without test examples, everything of a method that has no result, or fewer tasks than planned.
+    the tenths and their change are of that; ``equally_hard`` whether the tasks are, so that a change is one of
+    the network. Accuracies are fractions, means over seeds; ``change`` is the last minus the first tenth, paired
+    by seed; ``diverged`` is a number of seeds. The slope, the area, and the samples and seconds until a threshold
+    is first reached are those of what methods are judged by, one point for each task, at its end. What is null
+    has no number: times to a threshold where none is given or a seed never reached it, the last four without test
+    examples, everything of a method that has no result, or fewer tasks than planned.
 
     Args:
         results: in the order of the study.
@@ -96,6 +108,8 @@ def summarize(
         environment: what `environment` gave.
         planned: names of the methods of each stream; by default those with a result.
         tasks: number of tasks of each stream; by default the largest among its results.
+        equally_hard: `clagrange.tasks.TaskStream.equally_hard` of each stream; by default True.
+        thresholds: of the online accuracy (of the loss, where targets are numbers) of streams.
 
     Raises:
         ValueError: if a method has two results on a stream.
@@ -114,15 +128,16 @@ def summarize(
                 f"on {result.stream!r}; join their seeds into one result"
             )
         methods[result.method] = result
-    planned, tasks = planned or {}, tasks or {}
+    planned, tasks, equally_hard, thresholds = planned or {}, tasks or {}, equally_hard or {}, thresholds or {}
     streams = []
     for stream in dict.fromkeys([*planned, *by_stream]):
         found = by_stream.get(stream, {})
         total = tasks.get(stream) or max((result.tasks for result in found.values()), default=None)
         names = dict.fromkeys([*planned.get(stream, ()), *found])
         measure = next((result.measure for result in found.values()), "online_accuracy")
-        judged = [_method(name, found.get(name), total, measure) for name in names]
-        streams.append({"name": stream, "tasks": total, "measure": measure, "methods": judged})
+        judged = [_method(name, found.get(name), total, measure, thresholds.get(stream)) for name in names]
+        about = {"name": stream, "tasks": total, "measure": measure}
+        streams.append({**about, "equally_hard": equally_hard.get(stream, True), "methods": judged})
     return {"schema": SCHEMA, "status": status, "environment": dict(environment), "streams": streams}
 
 
@@ -352,7 +367,9 @@ def spread(of: Mapping[str, float | None], *, signed: bool = False, loss: bool =
     return f"{mean} [{low}, {high}]"
 
 
-def _method(name: str, result: MethodResult | None, tasks: int | None, measure: str) -> dict[str, Any]:
+def _method(
+    name: str, result: MethodResult | None, tasks: int | None, measure: str, threshold: float | None
+) -> dict[str, Any]:
     if result is None or (tasks is not None and result.tasks < tasks):
         return {
             "name": name,
@@ -366,7 +383,7 @@ def _method(name: str, result: MethodResult | None, tasks: int | None, measure: 
             "model_steps_per_second": None,
             "seconds": None,
             "diverged": None,
-            **{key: dict(_NO_INTERVAL) for key in FORGETTING},
+            **{key: dict(_NO_INTERVAL) for key in (*OVER_TASKS, *FORGETTING)},
         }
     first, last = tenths(result.metrics[measure])
     seconds = float(result.seconds) if math.isfinite(result.seconds) else None
@@ -384,8 +401,27 @@ def _method(name: str, result: MethodResult | None, tasks: int | None, measure: 
         "model_steps_per_second": result.steps * len(result.seeds) / seconds if seconds else None,
         "seconds": seconds,
         "diverged": sum(bool(seed) for seed in result.diverged),
+        **_over_tasks(result, threshold),
         **_forgetting(result),
     }
+
+
+def _over_tasks(result: MethodResult, threshold: float | None) -> dict[str, dict[str, float | None]]:
+    """What the curve over the tasks says: how it slopes, how high it is, and when it crosses a threshold."""
+    found = {key: dict(_NO_INTERVAL) for key in OVER_TASKS}
+    curve = torch.tensor(result.metrics[result.measure])
+    if result.tasks > 1:
+        found["plasticity_slope"] = interval(plasticity_slope(curve).slope.numpy()).as_dict()
+    for unit, points in (("samples", result.samples), ("seconds", result.elapsed)):
+        if points is None:
+            continue
+        at = torch.tensor(points)
+        if unit == "samples" and result.tasks > 1:
+            found["area_under_curve"] = interval(area_under_curve(curve, at).numpy()).as_dict()
+        if threshold is not None:
+            times = time_to_threshold(curve, at, threshold, higher_is_better=result.measure != "loss")
+            found[f"{unit}_to_threshold"] = interval(times.numpy()).as_dict()
+    return found
 
 
 def _forgetting(result: MethodResult) -> dict[str, dict[str, float | None]]:

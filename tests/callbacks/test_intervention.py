@@ -194,6 +194,33 @@ def test_the_task_comes_from_the_batch_that_is_trained_on(form: str, tmp_path: P
     assert callback.task == ("9" if form == "mapping" else 9)
 
 
+class DoubleTurns(clagrange.tasks.RotatedMNIST):
+    """Turning digits in float64."""
+
+    def task(self, number: int) -> clagrange.tasks.Task:
+        task = super().task(number)
+        return clagrange.tasks.Task(task.inputs.double().flatten(1), task.targets)
+
+
+@pytest.mark.parametrize(("drift", "switches"), [("gradual", 0), ("abrupt", 2)])
+@pytest.mark.parametrize("mode", ["task", "reload", "endless"])
+def test_switches_that_a_stream_hides_are_not_announced(
+    mode: str, drift: str, switches: int, tmp_path: Path
+) -> None:
+    turning = DoubleTurns("digits", tasks=3, examples=12, batch_size=4, drift=drift)
+    recorder, monitor = Recorder(), PlasticityMonitor(every_n_steps=1)
+    callback, data = InterventionCallback(recorder), turning.as_datamodule(mode=mode)
+    model = Classifier(plain_mlp(), momentum)
+    for number in range(3 if mode == "task" else 1):
+        if mode == "task":
+            data.start(number)
+        epochs = {"max_epochs": 1} if mode == "task" else {}
+        trainer(tmp_path, callbacks=[callback, monitor], **epochs).fit(model, data)
+    assert recorder.events.count("step") == 9
+    assert recorder.events.count("switch") == switches
+    assert (callback.task, monitor.task) == (2, 2)  # who measures knows the task
+
+
 # no worker processes: the data are four rows in memory
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_without_anything_that_names_tasks_every_fit_is_one(tmp_path: Path) -> None:

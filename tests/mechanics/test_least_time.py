@@ -208,7 +208,7 @@ def test_bellman_on_a_grid_agrees_for_a_problem_without_closed_form() -> None:
 
 def test_bad_curves() -> None:
     with pytest.raises(
-        ValueError, match=r"samples: expected shape \(points,\) or that of errors .*\(1, 2\), got \(3,"
+        ValueError, match=r"samples: expected shape \(points,\), .* or that of the curve \(1, 2\), got \(3,"
     ):
         samples_to_threshold([1.0, 2.0], [1, 2, 3], 0.5)
     with pytest.raises(ValueError, match="seconds: expected ascending numbers"):

@@ -76,6 +76,19 @@ def test_pieces_of_an_online_stream_are_no_switches(boundaries: bool, switches: 
     assert recorder.moments.count("step") == 3 * small_stream().steps
 
 
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize(("drift", "switches"), [("gradual", 0), ("abrupt", 2)])
+def test_switches_that_a_stream_hides_are_not_announced(drift: str, switches: int, pieces: bool) -> None:
+    strategy, recorder, _ = recording()
+    turning = cl.tasks.RotatedMNIST("digits", tasks=3, examples=160, batch_size=16, drift=drift)
+    stream = turning.as_benchmark().train_stream
+    if pieces:  # who splits the stream may not give away what it hides
+        stream = split_online_stream(stream, 80, access_task_boundaries=True, seed=0)
+    strategy.train(stream, eval_streams=[])
+    assert recorder.moments.count("step") == 30
+    assert recorder.moments.count("switch") == switches
+
+
 def test_interventions_act_in_the_given_order() -> None:
     order: list[str] = []
 

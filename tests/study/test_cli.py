@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from clagrange import metrics
 from clagrange.cli import main
 from clagrange.study.results import METRICS
 
@@ -170,6 +171,12 @@ def test_lists_are_complete_and_readable_by_programs(capsys):
     assert "permuted_mnist" in capsys.readouterr().out
     assert main(["list", "metrics"]) == 0
     assert "effective_rank" in capsys.readouterr().out
+    assert main(["list", "metrics", "--json"]) == 0
+    listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert list(listed) == list(metrics.METRICS)
+    assert all(entry["summary"] and entry["unit"] and entry["logged"] for entry in listed.values())
+    assert "summary.json" in listed["samples_to_threshold"]["logged"]
+    assert "before training on it" in listed["dead_units"]["logged"]
 
 
 def command(*arguments):

@@ -1,12 +1,15 @@
 """The batched engine: each replica equals its run alone, checkpoints are exact, divergence stays at home."""
 
 import dataclasses
+import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from cases import study_methods
 
+from clagrange.metrics import PlasticityMeter, variance_by_layer
 from clagrange.networks import mlp
 from clagrange.replicas import unstack
 from clagrange.study import engine
@@ -15,6 +18,7 @@ from clagrange.study.files import FileProblem
 from clagrange.study.methods import METHODS
 from clagrange.study.results import METRICS, MethodResult
 from clagrange.study.search import stacked
+from clagrange.study.summary import summarize
 from clagrange.tasks import (
     IncrementalCIFAR,
     PermutedDigits,
@@ -269,7 +273,7 @@ def test_measuring_leaves_training_as_it_is(name):
     method = METHODS[name](**FAST.get(name, {}))
     runs = [
         finished(method, [stream(1), stream(2)], **settings)
-        for settings in ({"measured": False}, {"sharpness_every": 2})
+        for settings in ({"measured": False}, {"sharpness_every": 2, "sample_plasticity_every": 2})
     ]
     for blind, seen in zip(*(run.network.state_dict().items() for run in runs), strict=True):
         assert blind[0] == seen[0]
@@ -279,7 +283,78 @@ def test_measuring_leaves_training_as_it_is(name):
         np.testing.assert_array_equal(runs[0].metrics[measure], runs[1].metrics[measure])
     assert np.isnan(runs[0].metrics["weight_norm"]).all()
     assert np.isfinite(runs[1].metrics["weight_norm"]).all()
-    assert (np.isfinite(runs[1].metrics["sharpness"]) == [False, True, False]).all()
+    for scheduled in ("sharpness", "sample_plasticity"):
+        assert (np.isfinite(runs[1].metrics[scheduled]) == [False, True, False]).all()
+    assert np.isnan(runs[0].metrics["brier_score"]).all()
+    assert np.isfinite(runs[1].metrics["brier_score"]).all()
+
+
+@pytest.mark.parametrize("together", [3, 4, 32])
+def test_what_is_counted_batch_by_batch_is_what_a_meter_counts(together, monkeypatch):
+    monkeypatch.setattr(engine, "TOGETHER", together)
+    names = ["calibration_error", "brier_score", "sample_plasticity"]
+    digits = stream(4, tasks=2)
+    run = Run(METHODS["sgd"](lr=0.1), [stream(9, tasks=2), digits], [8], sample_plasticity_every=1)
+    net, meter = mlp(64, [8], 10, seed=4), PlasticityMeter(names)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for number, task in enumerate(digits):
+        meter.begin_task()
+        for rows in digits.order(number, 0):
+            inputs, targets = task.batch(rows)
+            meter.before(net, inputs)
+            optimizer.zero_grad()
+            scores = net(inputs)
+            torch.nn.functional.cross_entropy(scores, targets).backward()
+            optimizer.step()
+            meter.after(net, inputs, scores, targets)
+        run.run_task()
+        found = {name: float(value) for name, value in meter.online().items()}
+        assert {name: run.metrics[name][1, number] for name in names} == pytest.approx(found, rel=1e-4)
+
+
+def test_gaussian_weights_have_a_variance_for_each_layer(tmp_path):
+    run = Run(METHODS["euler_lagrange_injection"](), [stream(0), stream(1)], [8])
+    layers = [f"variance_by_layer/{name}" for name in variance_by_layer(run.network)]
+    assert len(layers) == 2
+    for number in range(2):
+        run.run_task()
+        for name, values in variance_by_layer(run.network).items():
+            found = run.metrics[f"variance_by_layer/{name}"][:, number]
+            np.testing.assert_allclose(found, values.numpy(), rtol=1e-6)
+    run.save(tmp_path / "run.pt", "key")
+    again = Run(METHODS["euler_lagrange_injection"](), [stream(0), stream(1)], [8])
+    again.load(tmp_path / "run.pt", "key")
+    again.run_task()
+    path = tmp_path / "digits.mine.parquet"
+    again.result("digits", "mine").write(path)
+    read = MethodResult.read(path)
+    for name in layers:
+        assert np.isfinite(again.metrics[name]).all()
+        np.testing.assert_array_equal(read.metrics[name], again.metrics[name])
+    assert read.samples.tolist() == [80, 160, 240]
+    assert (np.diff(read.elapsed) > 0).all()
+    assert read.elapsed[-1] == read.seconds
+
+
+def test_results_of_older_versions_are_read(tmp_path):
+    result = finished(METHODS["sgd"](), [stream(0), stream(1)]).result("digits", "mine")
+    path = tmp_path / "digits.mine.parquet"
+    result.write(path)
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"clagrange"])
+    old = {key: value for key, value in about.items() if key not in ("samples", "elapsed")}
+    table = table.drop_columns(["calibration_error", "brier_score", "sample_plasticity"])
+    pq.write_table(table.replace_schema_metadata({"clagrange": json.dumps(old)}), path)
+    read = MethodResult.read(path)
+    assert np.isnan(read.metrics["brier_score"]).all()
+    assert (read.samples, read.elapsed) == (None, None)
+    np.testing.assert_array_equal(read.metrics["loss"], result.metrics["loss"])
+    summary = summarize([read], status="complete", environment={})["streams"][0]["methods"][0]
+    assert summary["plasticity_slope"]["mean"] is not None
+    assert summary["area_under_curve"]["mean"] is None
+    pq.write_table(table.drop_columns(["loss"]), path)
+    with pytest.raises(FileProblem, match="damaged"):
+        MethodResult.read(path)
 
 
 @pytest.mark.parametrize("scenario", ["class", "task"])

@@ -91,11 +91,12 @@ def test_summary_has_the_documented_form(summary, tmp_path):
         ("mnist", 30),
     ]
     for stream in read["streams"]:
-        assert set(stream) == {"name", "tasks", "measure", "methods"}
+        assert set(stream) == {"name", "tasks", "measure", "equally_hard", "methods"}
         for method in stream["methods"]:
             assert set(method) == {
                 *("name", "told_of_switches", "seeds", "online_accuracy", "loss", "first_tenth", "last_tenth"),
-                *("change", "model_steps_per_second", "seconds", "diverged"),
+                *("change", "model_steps_per_second", "seconds", "diverged", "plasticity_slope"),
+                *("area_under_curve", "samples_to_threshold", "seconds_to_threshold"),
                 *("average_accuracy", "forgetting", "backward_transfer", "forward_transfer"),
             }
             assert set(method["online_accuracy"]) == set(method["change"]) == {"mean", "low", "high"}
@@ -140,6 +141,8 @@ def test_summary_keeps_the_order_and_has_null_for_what_is_not_finished(summary):
         "model_steps_per_second": None,
         "seconds": None,
         "diverged": None,
+        **dict.fromkeys(("plasticity_slope", "area_under_curve"), nothing),
+        **dict.fromkeys(("samples_to_threshold", "seconds_to_threshold"), nothing),
         **dict.fromkeys(("average_accuracy", "forgetting", "backward_transfer", "forward_transfer"), nothing),
     }
     assert summary["streams"][0]["methods"][2] == expected
@@ -344,7 +347,7 @@ def test_findings_come_from_the_numbers(summary, results):
     assert differences["continual_backprop"].mean == pytest.approx((own - other).mean())
     text = findings(stream, results)
     losing = next(sentence for sentence in text if sentence.startswith("Lose plasticity"))
-    assert "sgd (-18" in losing
+    assert re.search(r"sgd \(-1[89]\.", losing)
     assert "euler_lagrange (-" in losing
     assert "continual_backprop" not in losing
     assert "euler_lagrange_injection" not in losing
@@ -379,6 +382,39 @@ def test_findings_claim_nothing_that_the_seeds_cannot_tell():
     assert "No method shows" not in text
     assert "nothing is claimed about their change: euler_lagrange (-" in text
     assert "euler_lagrange is not judged against them: adam (-" in text
+
+
+def test_summary_says_when_a_threshold_is_reached():
+    rising = fake("sgd", shape=(2, 4))
+    rising.metrics["online_accuracy"] = np.array([[0.1, 0.5, 0.7, 0.6], [0.2, 0.3, 0.3, 0.8]])
+    timed = dataclasses.replace(
+        rising, samples=np.array([10, 20, 30, 40]), elapsed=np.array([1.0, 2.0, 3.0, 5.0])
+    )
+    for threshold, samples, seconds in ((0.5, 30.0, 3.5), (0.75, None, None)):
+        summary = summarize([timed], status="complete", environment={}, thresholds={"digits": threshold})
+        method = summary["streams"][0]["methods"][0]
+        assert method["samples_to_threshold"]["mean"] == samples
+        assert method["seconds_to_threshold"]["mean"] == seconds
+    areas = [(0.5 * 0.1 + 0.5 + 0.7 + 0.5 * 0.6) / 3, (0.5 * 0.2 + 0.3 + 0.3 + 0.5 * 0.8) / 3]
+    assert method["area_under_curve"]["mean"] == pytest.approx(np.mean(areas))
+    assert method["plasticity_slope"]["mean"] == pytest.approx(np.mean([0.17, 0.18]))
+    untold = summarize([timed], status="complete", environment={})["streams"][0]["methods"][0]
+    assert untold["samples_to_threshold"]["mean"] is None
+    numbers = by_loss("sgd", 0.0)
+    numbers.metrics["loss"] = 1.0 - np.tile(np.linspace(0.1, 0.9, TASKS), (SEEDS, 1))
+    timed = dataclasses.replace(numbers, samples=np.arange(1, TASKS + 1))
+    summary = summarize([timed], status="complete", environment={}, thresholds={"numbers": 0.5})
+    reached = summary["streams"][0]["methods"][0]["samples_to_threshold"]["mean"]
+    assert reached == 1 + np.argmax(numbers.metrics["loss"][0] <= 0.5)
+
+
+def test_where_tasks_are_not_equally_hard_nobody_loses_plasticity():
+    results = [fake("sgd", slope=-0.2), fake("adam", slope=0.2)]
+    summary = summarize(results, status="complete", environment={}, equally_hard={"digits": False})
+    worse, better, why = findings(summary["streams"][0], results)
+    assert worse.startswith("Become worse; the interval of the change lies below 0: sgd (-")
+    assert better.startswith("Become better")
+    assert "not equally hard" in why
 
 
 def by_loss(method, slope, **settings):

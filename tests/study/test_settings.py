@@ -138,6 +138,16 @@ def test_an_override_sets_every_path_that_ends_so(path):
     assert [body.methods["sgd"].lr for body in study.streams.values()] == [0.5, 0.5]
 
 
+def test_measures_that_are_asked_for_are_written_and_a_threshold_is_no_part_of_the_run(path):
+    plain = load_study(path)
+    judged = load_study(path, ["digits.threshold=0.8"])
+    followed = load_study(path, ["digits.threshold=0.8", "digits.sample_plasticity_every=2"])
+    assert followed.resolved()["streams"]["digits"]["threshold"] == 0.8
+    assert followed.start("digits", "sgd").sample_plasticity_every == 2
+    keys = [study.key("digits", "sgd") for study in (plain, judged, followed)]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_an_override_may_set_what_the_file_leaves_to_its_default(path):
     assert load_study(path, ["strong.trust_region=2"]).streams["digits"].methods["strong"].trust_region == 2.0
 
@@ -166,6 +176,12 @@ def test_filters_keep_the_order_of_the_file(path):
         (["digits.stream.seed=3"], "expected no seed"),
         (["stream.kind=permuted_digit"], "did you mean 'permuted_digits'?"),
         (["strong.kind=euler"], "streams.digits.methods.strong: expected one of"),
+        (["digits.sharpness_every=0"], r"digits\.sharpness_every: expected a number of tasks of at least 1"),
+        (
+            ["digits.sample_plasticity_every=0.5"],
+            r"sample_plasticity_every: expected a number of tasks .*got 0\.5",
+        ),
+        (["digits.threshold=much"], r"digits\.threshold: expected an online accuracy such as 0\.8.*got 'much'"),
         (["strong.lr=.nan"], r"expected a number, got nan|expected a number in"),
     ],
 )

@@ -349,7 +349,7 @@ def test_tabular_drift_of_classes_and_chosen_columns(tmp_path: Path) -> None:
     assert (stream.loss, stream.class_names) == ("cross_entropy", ("2", "9", "10"))
     assert stream.columns == ("load", "open=false", "open=true", "open=other")
     assert torch.cat([task.targets for task in stream]).tolist() == [2, 1, 2, 1, 0, 1, 2, 0]
-    assert TabularDrift(path, "grade", kind="number", examples=4, batch_size=2).loss == "mse"
+    assert TabularDrift(path, "grade", target_kind="number", examples=4, batch_size=2).loss == "mse"
     assert TabularDrift(path, "open", examples=8, batch_size=2).class_names == ("false", "true")
 
 

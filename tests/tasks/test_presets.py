@@ -9,6 +9,7 @@ from clagrange.cli import main
 from clagrange.study.settings import STREAMS, SettingsError, load_study
 from clagrange.tasks import PermutedDigits, Preset, SlowlyChangingRegression
 
+L2_INIT = {"kind": ("sgd", "adam"), "lr": {"sgd": (0.01, 0.001), "adam": (1e-3, 1e-4)}}
 TABLE = {
     # stream, preset: tasks, examples of each, batch, epochs, network, base optimizer
     ("permuted_mnist", "dohare"): (
@@ -33,7 +34,7 @@ TABLE = {
         16,
         1,
         {"kind": "mlp", "hidden": [100, 100]},
-        {"kind": "adam", "lr": (1e-3, 1e-4)},
+        L2_INIT,
     ),
     ("label_permuted", "upgd"): (400, 2_500, 1, 1, {"kind": "mlp", "hidden": [300, 150]}, {"kind": "upgd"}),
     ("random_labels", "l2_init_mnist"): (
@@ -42,7 +43,7 @@ TABLE = {
         16,
         400,  # 30,000 steps
         {"kind": "mlp", "hidden": [100, 100]},
-        {"kind": "adam", "lr": (1e-3, 1e-4)},
+        L2_INIT,
     ),
     ("random_labels", "l2_init_cifar10"): (
         50,
@@ -50,7 +51,7 @@ TABLE = {
         16,
         400,
         {"kind": "mlp", "hidden": [100, 100]},
-        {"kind": "adam", "lr": (1e-3, 1e-4)},
+        L2_INIT,
     ),
     ("continual_image_net", "dohare"): (
         2_000,
@@ -89,7 +90,7 @@ TABLE = {
         32,
         10,
         {"kind": "mlp", "hidden": [100, 100]},
-        {"kind": "adam", "lr": (1e-3, 1e-4)},
+        L2_INIT,
     ),
 }
 
