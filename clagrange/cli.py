@@ -84,7 +84,7 @@ def _parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; bad input gives one line on standard error and exit code 2."""
+    """Run one command; bad input gives a line on standard error for each problem and exit code 2."""
     parser = _parser()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments:
@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"clagrange: {message}", file=sys.stderr)
+    for line in message.splitlines():
+        print(f"clagrange: {line}", file=sys.stderr)
     return code
 
 
@@ -257,13 +258,13 @@ def _show(chosen: Namespace, console: Console) -> int:
 
     if chosen.tasks < 1:
         raise SettingsError(f"tasks: expected a whole number of at least 1, got {chosen.tasks}")
-    settings = {} if chosen.preset is None else dict(preset_of(chosen.stream, chosen.preset, "show").stream)
+    settings = {} if chosen.preset is None else dict(preset_of(chosen.stream, chosen.preset, ("show",)).stream)
     for item in chosen.settings:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise SettingsError(f"settings: expected key=value, got {item!r}")
         settings[key] = yaml.safe_load(text)
-    stream = construct(STREAMS, chosen.stream, {**settings, "seed": chosen.seed}, "show")
+    stream = construct(STREAMS, chosen.stream, {**settings, "seed": chosen.seed}, ("show",))
     out = Path(chosen.out)
     require_writable(out.parent)
     about = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "root")
