@@ -2,6 +2,7 @@
 
 import math
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -259,9 +260,9 @@ class Run:
         """Optimizer steps of one network over the tasks that are done."""
         return self.streams[0].first_step(self.next_task)
 
-    def save(self, path: Path, key: str) -> None:
-        """Write a checkpoint between two tasks; ``key`` says which settings it belongs to."""
-        checkpoint = {
+    def state(self, key: str) -> dict[str, Any]:
+        """All that a checkpoint between two tasks holds; ``key`` says which settings it belongs to."""
+        return {
             "key": key,
             "next_task": self.next_task,
             "seconds": self.seconds,
@@ -272,26 +273,9 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "interventions": [intervention.state_dict() for intervention in self.interventions],
         }
-        with replacing(path) as partial:
-            torch.save(checkpoint, partial)
 
-    def load(self, path: Path, key: str) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            FileProblem: if it is damaged, or belongs to other settings.
-        """
-        try:
-            checkpoint: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise FileProblem(
-                f"{path}: expected a checkpoint, got a damaged file; remove it and run again with --resume"
-            ) from error
-        if checkpoint["key"] != key:
-            raise FileProblem(
-                f"{path}: expected a checkpoint of these settings and this version of clagrange, got another; "
-                f"remove it and run again with --resume"
-            )
+    def load_state(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
         self.network.load_state_dict(checkpoint["network"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for intervention, state in zip(self.interventions, checkpoint["interventions"], strict=True):
@@ -303,8 +287,27 @@ class Run:
         self._matrix = None if checkpoint["matrix"] is None else checkpoint["matrix"].cpu().numpy()
         self._initial = checkpoint["initial"]
 
-    def result(self, stream: str, method: str) -> MethodResult:
-        """The results so far."""
+    def save(self, path: Path, key: str) -> None:
+        """Write a checkpoint between two tasks; ``key`` says which settings it belongs to."""
+        with replacing(path) as partial:
+            torch.save(self.state(key), partial)
+
+    def load(self, path: Path, key: str) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            FileProblem: if it is damaged, or belongs to other settings.
+        """
+        checkpoint = read_checkpoint(path, self.device)
+        if checkpoint["key"] != key:
+            raise FileProblem(
+                f"{path}: expected a checkpoint of these settings and this version of clagrange, got another; "
+                f"remove it and run again with --resume"
+            )
+        self.load_state(checkpoint)
+
+    def result(self, stream: str, method: str, origin: dict[str, Any] | None = None) -> MethodResult:
+        """The results so far, with what they follow from."""
         loss = self.metrics["loss"][:, : self.next_task]
         return MethodResult(
             stream=stream,
@@ -317,9 +320,29 @@ class Run:
             steps=self.steps_done,
             seconds=self.seconds,
             matrix=None if self._matrix is None else self._matrix[:, : self.next_task + 1, : self.next_task],
+            origin=origin,
         )
 
 
 def _masked(logits: Tensor, left_out: Tensor | None) -> Tensor:
     """Outputs, those that take no part as −∞."""
     return logits if left_out is None else logits.masked_fill(left_out, -torch.inf)
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `Run.save` wrote, checked against its own checksums.
+
+    Raises:
+        FileProblem: if it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
+        checkpoint: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["key"], checkpoint["next_task"]
+    except Exception as error:
+        raise FileProblem(
+            f"{path}: expected a checkpoint, got a damaged file; remove it and run again with --resume"
+        ) from error
+    return checkpoint

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +62,8 @@ class MethodResult:
         seconds: wall time of the training steps of all seeds together, measurements and files apart.
         matrix: on streams of some tasks with test examples, (seeds, 1 + tasks, tasks): the accuracy on the test
             examples of every task, before any training and after each task; else None.
+        origin: settings, data and version that the numbers follow from (`clagrange.study.store.Origin`); None of
+            results that were stored without it.
     """
 
     stream: str
@@ -72,6 +75,7 @@ class MethodResult:
     steps: int
     seconds: float
     matrix: np.ndarray | None = None
+    origin: dict[str, Any] | None = None
 
     @property
     def measure(self) -> str:
@@ -104,10 +108,11 @@ class MethodResult:
             "diverged": list(self.diverged),
             "steps": self.steps,
             "seconds": self.seconds,
+            "origin": self.origin,
         }
         table = pa.table(columns).replace_schema_metadata({"clagrange": json.dumps(about)})
         with replacing(path) as partial:
-            pq.write_table(table, partial)
+            pq.write_table(table, partial, write_page_checksum=True)
 
     @classmethod
     def read(cls, path: Path) -> "MethodResult":
@@ -117,7 +122,7 @@ class MethodResult:
             FileProblem: if the file is damaged or was not written by clagrange.
         """
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
             about = json.loads(table.schema.metadata[b"clagrange"])
             seeds = len(about["seeds"])
             tasks = len(table) // seeds
@@ -147,4 +152,5 @@ class MethodResult:
             steps=about["steps"],
             seconds=about["seconds"],
             matrix=matrix,
+            origin=about.get("origin"),
         )

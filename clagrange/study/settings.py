@@ -1,9 +1,7 @@
 """Study files: what to run, read from YAML, overridden, checked, and written out again in full."""
 
 import dataclasses
-import hashlib
 import inspect
-import json
 import math
 import re
 from argparse import ArgumentError
@@ -14,7 +12,6 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
 
-import clagrange
 from clagrange import tasks
 from clagrange._checks import did_you_mean
 from clagrange.study.document import Key, Problems, check_mapping, read_document
@@ -64,10 +61,12 @@ class Study:
     Attributes:
         seeds: the same for every method: data order, initial weights and random streams follow from them.
         streams: by name, in order.
+        device: kind of device to train on, "cpu" or "cuda"; no part of a study file.
     """
 
     seeds: tuple[int, ...]
     streams: dict[str, StreamStudy]
+    device: str = "cpu"
 
     def runs(self) -> list[tuple[str, str]]:
         """Stream and method of every run, in order."""
@@ -76,8 +75,13 @@ class Study:
     def start(self, stream: str, method: str) -> Run:
         """A run before its first task."""
         study = self.streams[stream]
-        streams = [study.stream(seed) for seed in self.seeds]
-        return Run(study.methods[method], streams, study.network, sharpness_every=study.sharpness_every)
+        return Run(
+            study.methods[method],
+            [study.stream(seed) for seed in self.seeds],
+            study.network,
+            sharpness_every=study.sharpness_every,
+            device=self.device,
+        )
 
     def resolved(self) -> dict[str, Any]:
         """Everything in full, defaults included, in the form of a study file."""
@@ -94,17 +98,6 @@ class Study:
                 for name, study in self.streams.items()
             },
         }
-
-    def key(self, stream: str, method: str) -> str:
-        """A hash of all that determines the numbers of one run."""
-        resolved = self.resolved()
-        chosen = resolved["streams"][stream]
-        network = chosen["hidden"] if "hidden" in chosen else chosen["network"]
-        parts = [clagrange.__version__, resolved["seeds"], chosen["stream"], network]
-        if "sharpness_every" in chosen:
-            parts.append(chosen["sharpness_every"])
-        text = json.dumps([*parts, chosen["methods"][method]], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def kind_of(method: Method) -> str:
