@@ -133,7 +133,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _compare(chosen: Namespace, console: Console) -> int:
-    from clagrange.study.cluster import OnRay
+    from clagrange.study.cluster import OnRay, require_ray
     from clagrange.study.output import write_output
     from clagrange.study.runner import Folder, Interrupted, RunsFailed, run_study
     from clagrange.study.settings import SettingsError, load_study
@@ -142,6 +142,8 @@ def _compare(chosen: Namespace, console: Console) -> int:
         raise SettingsError(f"workers: expected a whole number of at least 1, got {chosen.workers}")
     if chosen.executor not in ("processes", "ray"):
         raise SettingsError(f"executor: expected processes or ray, got {chosen.executor!r}")
+    if chosen.executor == "ray":
+        require_ray()
     if chosen.address is not None and chosen.executor != "ray":
         raise SettingsError(f"address: expected only with --executor ray, got {chosen.address!r}")
     if chosen.overwrite and (chosen.resume or chosen.fresh):

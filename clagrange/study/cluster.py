@@ -1,6 +1,7 @@
 """Runs of a study on the machines of a Ray cluster (extra ``clagrange[ray]``)."""
 
 import contextlib
+import importlib.util
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -18,6 +19,18 @@ from clagrange.study.store import Folder, Job, Origin
 
 LOST = 3
 """How often a run may lose its worker without finishing a task before it counts as failed."""
+
+
+def require_ray() -> None:
+    """Raise unless Ray is installed.
+
+    Raises:
+        SettingsError: with the remedy.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise SettingsError(
+            "executor: expected the package ray, which is not installed; pip install 'clagrange[ray]'"
+        )
 
 
 class OnRay:
@@ -40,12 +53,9 @@ class OnRay:
     def __init__(
         self, study: Study, folder: Folder, address: str | None = None, workers: int | None = None
     ) -> None:
-        try:
-            import ray
-        except ModuleNotFoundError as error:
-            raise SettingsError(
-                "executor: expected the package ray, which is not installed; pip install 'clagrange[ray]'"
-            ) from error
+        require_ray()
+        import ray
+
         self._ray: Any = ray
         self._own = not ray.is_initialized()
         if self._own:

@@ -47,6 +47,10 @@ class Run:
     does not count in ``seconds``. Where targets are numbers there is no accuracy: it is NaN. Where tasks say
     which classes take part, the other outputs are left out of loss and accuracy.
 
+    A replica whose loss is not finite has diverged. It is frozen: its weights go back to the initial ones and
+    stay there, its accuracy counts as 0, and of all else it has no number from that task on. The others do not
+    notice.
+
     Args:
         method: the method; its numbers may be tensors of shape (R,).
         streams: one for each replica, of one shape.
@@ -88,6 +92,8 @@ class Run:
         self.sharpness_every = sharpness_every
         self._initial = initial_parameters(self.network)
         self._left_out: Tensor | None = None
+        self.diverged = torch.zeros(len(seeds), dtype=torch.bool, device=self.device)
+        self._any_diverged = False
         self.metrics = {name: np.full((len(seeds), first.tasks), np.nan) for name in METRICS}
         self._matrix: np.ndarray | None = None
         tested = measured and first.loss == "cross_entropy" and first.tasks <= MATRIX_TASKS
@@ -122,6 +128,7 @@ class Run:
                     if on_step is not None:
                         on_step()
                 self.seconds += time.perf_counter() - started
+                self._mark_diverged(~losses.isfinite())
         batches = first.steps_of(number) * first.epochs
         self._note("online_accuracy", right / (batches * first.batch_size))
         self._note("loss", losses / batches)
@@ -159,14 +166,29 @@ class Run:
         self.optimizer.step()
         for intervention in self.interventions:
             intervention.step_taken(self.network, self.optimizer)
+        if self._any_diverged:
+            self._freeze()
         losses = losses.detach()
         if at_mean is not None:
             logits, losses = at_mean, self.loss(at_mean, targets, reduction="none")
         if targets.is_floating_point():
             return torch.full_like(losses[:, 0], torch.nan), losses.mean(1)
         # a prediction that is not finite is wrong
-        right = (logits.detach().argmax(-1) == targets) & losses.isfinite()
+        right = (logits.detach().argmax(-1) == targets) & losses.isfinite() & ~self.diverged.unsqueeze(1)
         return right.sum(1), losses.mean(1)
+
+    def _mark_diverged(self, bad: Tensor) -> None:
+        """Mark replicas as diverged, once for all, and freeze them."""
+        if bool((bad & ~self.diverged).any()):
+            self.diverged = self.diverged | bad
+            self._any_diverged = True
+            self._freeze()
+
+    @torch.no_grad()
+    def _freeze(self) -> None:
+        """Put the weights of the diverged replicas back to the initial ones, which are finite."""
+        for name, parameter in self.network.named_parameters():
+            parameter[self.diverged] = self._initial[name][self.diverged].to(parameter.dtype)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         """What the network answers; outputs that take no part are −∞."""
@@ -237,7 +259,7 @@ class Run:
         inputs, targets = map(torch.stack, parts)
         with evaluating(self.network):
             logits = _masked(self.network(inputs.to(self.dtype)), self._outputs_left_out(tasks))
-        right = hits(logits, targets) & (places < counts.unsqueeze(-1))
+        right = hits(logits, targets) & (places < counts.unsqueeze(-1)) & ~self.diverged.unsqueeze(-1)
         return right.sum(-1).double() / counts
 
     def _probe(self, tasks: Sequence[Task]) -> tuple[Tensor, Tensor]:
@@ -248,6 +270,8 @@ class Run:
         return inputs.to(self.dtype), targets.to(self.dtype) if targets.is_floating_point() else targets
 
     def _note(self, name: str, values: Tensor) -> None:
+        if self._any_diverged and name != "online_accuracy":
+            values = torch.where(self.diverged, 0.0 if name == "task_accuracy" else torch.nan, values)
         self.metrics[name][:, self.next_task] = values.detach().cpu().double().numpy()
 
     @property
@@ -269,6 +293,7 @@ class Run:
             "metrics": {name: torch.from_numpy(values) for name, values in self.metrics.items()},
             "matrix": None if self._matrix is None else torch.from_numpy(self._matrix),
             "initial": self._initial,
+            "diverged": self.diverged,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "interventions": [intervention.state_dict() for intervention in self.interventions],
@@ -286,6 +311,8 @@ class Run:
         self.metrics = {name: values.cpu().numpy() for name, values in checkpoint["metrics"].items()}
         self._matrix = None if checkpoint["matrix"] is None else checkpoint["matrix"].cpu().numpy()
         self._initial = checkpoint["initial"]
+        self.diverged = checkpoint["diverged"]
+        self._any_diverged = bool(self.diverged.any())
 
     def save(self, path: Path, key: str) -> None:
         """Write a checkpoint between two tasks; ``key`` says which settings it belongs to."""
@@ -308,7 +335,6 @@ class Run:
 
     def result(self, stream: str, method: str, origin: dict[str, Any] | None = None) -> MethodResult:
         """The results so far, with what they follow from."""
-        loss = self.metrics["loss"][:, : self.next_task]
         return MethodResult(
             stream=stream,
             method=method,
@@ -316,7 +342,7 @@ class Run:
             and any(intervention.told_of_switches for intervention in self.interventions),
             seeds=tuple(stream.seed for stream in self.streams),
             metrics={name: values[:, : self.next_task] for name, values in self.metrics.items()},
-            diverged=tuple(bool(bad) for bad in ~np.isfinite(loss).all(1)),
+            diverged=tuple(self.diverged.tolist()),
             steps=self.steps_done,
             seconds=self.seconds,
             matrix=None if self._matrix is None else self._matrix[:, : self.next_task + 1, : self.next_task],

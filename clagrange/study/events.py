@@ -98,8 +98,8 @@ def _curves(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
     """Values per task for each tag."""
     curves = {}
     for name in METRICS:
-        mean, low, high = band(metrics[name])
-        curves[name] = mean.tolist()
-        if name == "online_accuracy":
-            curves[f"{name}_low"], curves[f"{name}_high"] = low.tolist(), high.tolist()
+        finite = np.isfinite(metrics[name]).all(0)
+        curves[name] = np.where(finite, np.where(finite, metrics[name], 0.0).mean(0), np.nan).tolist()
+    _, low, high = band(metrics["online_accuracy"])
+    curves["online_accuracy_low"], curves["online_accuracy_high"] = low.tolist(), high.tolist()
     return curves

@@ -1,5 +1,6 @@
 """All runs of a study: shared out, watched, interrupted, gone on with."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -8,8 +9,10 @@ from datetime import timedelta
 
 import torch
 
+from clagrange.study.engine import read_checkpoint
 from clagrange.study.events import LiveEvents
 from clagrange.study.executors import Event, Executor, InProcess, Processes
+from clagrange.study.files import FileProblem
 from clagrange.study.results import MethodResult
 from clagrange.study.settings import Study
 from clagrange.study.store import Folder as Folder
@@ -228,5 +231,6 @@ def _finished_tasks(study: Study, folder: Folder) -> tuple[int, int]:
         if folder.result(stream, method).exists():
             finished += tasks
         elif folder.checkpoint(stream, method).exists():
-            finished += int(torch.load(folder.checkpoint(stream, method), weights_only=True)["next_task"])
+            with contextlib.suppress(FileProblem):
+                finished += int(read_checkpoint(folder.checkpoint(stream, method))["next_task"])
     return finished, planned

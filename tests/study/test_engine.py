@@ -127,6 +127,35 @@ def test_a_diverged_replica_is_marked_and_disturbs_no_other():
     assert run.metrics["online_accuracy"][1, -1] == 0.0
 
 
+@pytest.mark.parametrize("name", study_methods())
+def test_a_diverged_replica_is_frozen_and_disturbs_no_other(name, tmp_path):
+    """Bit for bit, also when the run goes on from a checkpoint; of the diverged one there are no numbers."""
+    method = METHODS[name](**FAST.get(name, {}))
+    runs = [Run(method, [stream(3), stream(8)], [8, 6], sharpness_every=1) for _ in range(3)]
+    for run in runs[:2]:
+        run.run_task()
+    with torch.no_grad():
+        for parameter in runs[1].network.parameters():
+            parameter[1] = torch.nan
+    for run in runs[:2]:
+        run.run_task()
+    runs[1].save(tmp_path / "run.pt", "key")
+    runs[2].load(tmp_path / "run.pt", "key")
+    for run in runs:
+        run.run_task()
+    whole, *broken = runs
+    for run in broken:
+        for key in METRICS:
+            np.testing.assert_array_equal(run.metrics[key][0], whole.metrics[key][0], err_msg=key)
+            accuracy = key in ("online_accuracy", "task_accuracy")
+            assert (run.metrics[key][1, 2] == 0.0) if accuracy else np.isnan(run.metrics[key][1, 2]), key
+        np.testing.assert_array_equal(run.metrics["loss"][:, 0], whole.metrics["loss"][:, 0])
+        assert run.result("s", "m").diverged == (False, True)
+        for key, parameter in run.network.named_parameters():
+            assert torch.equal(parameter[1], run._initial[key][1]), key
+            assert torch.equal(parameter[0], whole.network.get_parameter(key)[0]), key
+
+
 def test_epochs_and_steps_are_counted():
     labels = RandomLabelDigits(tasks=2, examples=50, batch_size=20, epochs=3)
     run = Run(METHODS["adam"](), [labels], [8])
