@@ -192,12 +192,12 @@ def _take(
     for job in list(waiting):
         if len(running) >= executor.workers:
             return []
-        holder = folder.take(job)
+        holder = None if folder.result(*job).exists() else folder.take(job)
         if holder is not None:
             others.append(holder)
             continue
         waiting.remove(job)
-        if folder.result(*job).exists():
+        if folder.result(*job).exists():  # another process has just finished it
             folder.release(job)
             progress.done[job] = progress.planned[job]
         else:

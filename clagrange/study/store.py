@@ -247,7 +247,7 @@ class Folder:
 
     def _refuse_strangers(self, text: str, overwrite: bool) -> None:
         """Raise where another process is at work in the folder and would be disturbed."""
-        for lock in self.path.glob("locks/*.json"):
+        for lock in _locks(self.path / "locks"):
             holder = _holder(lock)
             if holder is not None and (overwrite or self.config.read_text() != text):
                 why = "which --overwrite would remove" if overwrite else "with other settings"
@@ -383,7 +383,7 @@ class Folder:
                 try:
                     yield
                 finally:
-                    if not any(guard.parent.glob("*.json")):
+                    if not _locks(guard.parent):
                         guard.unlink(missing_ok=True)
                         with contextlib.suppress(OSError):  # another process has come
                             guard.parent.rmdir()
@@ -399,14 +399,20 @@ class Folder:
             return holder
 
     def release(self, job: Job) -> None:
-        """Give back a run that `take` gave to this process."""
-        with self.alone():
-            self.lock(*job).unlink(missing_ok=True)
+        """Give back a run, if this process has it."""
+        with self.alone(), contextlib.suppress(OSError, ValueError):
+            taken = json.loads(self.lock(*job).read_text())
+            if taken == {**taken, **_me()}:
+                self.lock(*job).unlink()
 
     def tidy(self) -> None:
         """Remove the folder of checkpoints when it is empty."""
         with contextlib.suppress(OSError):
             (self.path / "checkpoints").rmdir()
+
+
+def _locks(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.json") if not path.name.startswith(".")]  # others are being written
 
 
 def _versions(versions: set[str]) -> str:

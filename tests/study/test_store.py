@@ -207,6 +207,10 @@ def test_a_run_is_taken_by_one_living_process(study, folder):
     folder.lock(*SGD).write_text(json.dumps({**lock, "host": "elsewhere"}))
     assert folder.take(SGD) == f"process {process.pid} on elsewhere"
     folder.release(SGD)
+    assert folder.lock(*SGD).exists()
+    folder.lock(*SGD).unlink()
+    assert folder.take(SGD) is None
+    folder.release(SGD)
     assert not (folder.path / "locks").exists()
 
 
@@ -257,7 +261,7 @@ def _go_on(path, out):
 def owners(folder):
     """Which process has taken a run."""
     found = {}
-    for lock in folder.path.glob("locks/*.json"):
+    for lock in folder.path.glob("locks/[!.]*.json"):
         with contextlib.suppress(OSError):
             found[lock.stem] = json.loads(lock.read_text())["pid"]
     return found
