@@ -306,8 +306,9 @@ class Folder:
                     self.checkpoint(*job).unlink()
                     say(f"{name} begins anew: {reason or f'it is of {there.version}, this is {origin.version}'}")
         for version, names in kept.items():
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             say(
-                f"warning: results of {version} are kept ({', '.join(names)}), this is {code_version()}; run "
+                f"warning: results of {version} are kept ({some}), this is {code_version()}; run "
                 f"them again with --fresh"
             )
 
