@@ -1,10 +1,12 @@
 """The command line: compare, report, tune, list, show, figure, verify."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import inspect
 import json
 import sys
+import time
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,6 +45,12 @@ def _parser() -> ArgumentParser:
     compare.add_argument("--workers", type=int, default=None, help="processes; default one for each core")
     compare.add_argument("--resume", action="store_true", help="go on with the study in the folder")
     compare.add_argument("--overwrite", action="store_true", help="replace the study in the folder")
+    compare.add_argument("--fresh", action="store_true", help="go on, but run again what another version did")
+    compare.add_argument("--executor", type=str, default="processes", help="processes (of this machine) or ray")
+    compare.add_argument(
+        "--address", type=str, default=None, help="of a Ray cluster; default: this machine alone"
+    )
+    compare.add_argument("--device", type=str, default="cpu", help="cpu; or cuda, with one process for each GPU")
     commands.add_subcommand("compare", compare, help="run a study")
 
     report = _Parser(description="Write table, plots and report again from stored results.")
@@ -84,7 +92,7 @@ def _parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; bad input gives one line on standard error and exit code 2."""
+    """Run one command; bad input gives a line on standard error for each problem and exit code 2."""
     parser = _parser()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments:
@@ -115,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"clagrange: {message}", file=sys.stderr)
+    for line in message.splitlines():
+        print(f"clagrange: {line}", file=sys.stderr)
     return code
 
 
@@ -124,63 +133,119 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _compare(chosen: Namespace, console: Console) -> int:
+    from clagrange.study.cluster import OnRay, require_ray
     from clagrange.study.output import write_output
-    from clagrange.study.runner import Folder, Interrupted, run_study
+    from clagrange.study.runner import Folder, Interrupted, RunsFailed, run_study
     from clagrange.study.settings import SettingsError, load_study
 
     if chosen.workers is not None and chosen.workers < 1:
         raise SettingsError(f"workers: expected a whole number of at least 1, got {chosen.workers}")
-    if chosen.resume and chosen.overwrite:
-        raise SettingsError("resume: expected without --overwrite, got both; choose one")
+    if chosen.executor not in ("processes", "ray"):
+        raise SettingsError(f"executor: expected processes or ray, got {chosen.executor!r}")
+    if chosen.executor == "ray":
+        require_ray()
+    if chosen.address is not None and chosen.executor != "ray":
+        raise SettingsError(f"address: expected only with --executor ray, got {chosen.address!r}")
+    if chosen.overwrite and (chosen.resume or chosen.fresh):
+        raise SettingsError("overwrite: expected without --resume and --fresh, got both; choose one")
+
+    def say(line: str) -> None:
+        print(f"clagrange: {line}", file=sys.stderr)
+
     study = load_study(
         chosen.config,
         chosen.overrides,
         methods=_names(chosen.methods),
         streams=_names(chosen.streams),
-        left_out=lambda reason: print(f"clagrange: left out: {reason}", file=sys.stderr),
+        left_out=lambda reason: say(f"left out: {reason}"),
     )
+    study = dataclasses.replace(study, device=_study_device(chosen.device))
     folder = Folder(Path(chosen.out or Path("runs") / Path(chosen.config).stem))
-    folder.prepare(study, resume=chosen.resume, overwrite=chosen.overwrite)
+    folder.prepare(study, resume=chosen.resume, overwrite=chosen.overwrite, fresh=chosen.fresh, say=say)
     console.print(
         f"{len(study.runs())} runs of {len(study.seeds)} seeds each into {folder.path}", highlight=False
     )
     try:
         with _progress_bar(console) as show:
-            results = run_study(study, folder, workers=chosen.workers, show=show)
+            executor = OnRay(study, folder, chosen.address, chosen.workers) if chosen.executor == "ray" else None
+            results = run_study(study, folder, workers=chosen.workers, executor=executor, show=show, say=say)
     except Interrupted as stop:
-        write_output(folder, status="interrupted")
+        with folder.alone():
+            write_output(folder, status="interrupted")
         return _fail(f"interrupted; {stop} and kept in {folder.path}; go on with --resume", INTERRUPTED)
-    except RuntimeError as error:
+    except RunsFailed as error:
+        with folder.alone():
+            write_output(folder, status="interrupted", console=console)
         return _fail(str(error), 1)
-    write_output(folder, status="complete", results=results, console=console)
+    with folder.alone():
+        write_output(folder, status="complete", results=results, console=console)
     return 0
+
+
+def _study_device(name: str) -> str:
+    """The kind of device of a study.
+
+    Raises:
+        SettingsError: for another one, or one that this machine does not have.
+    """
+    import torch
+
+    from clagrange.study.settings import SettingsError
+
+    if name not in ("cpu", "cuda"):
+        raise SettingsError(f"device: expected cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device: expected cpu, got cuda, of which torch finds none on this machine")
+    return name
+
+
+PLAIN_SECONDS = 60.0
+"""How often running runs have a line of their own where there is no terminal."""
 
 
 @contextlib.contextmanager
 def _progress_bar(console: Console) -> Iterator[Callable[[Any], None]]:
-    """A bar over all optimizer steps; where there is no terminal, a line for each finished run."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    """A live line for each run that is under way and one for all; where there is no terminal, plain lines."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     finished: set[tuple[str, str]] = set()
+    lines: dict[tuple[str, str], Any] = {}
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[speed]}"),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task("starting", total=None)
+        everything = bar.add_task("all runs", total=None, speed="")
+        said = time.monotonic()
 
         def show(progress: Any) -> None:
-            running = ", ".join(method for _, method in progress.running) or "starting"
-            total = sum(progress.planned.values())
-            bar.update(task, description=running, total=total, completed=sum(progress.done.values()))
+            nonlocal said
             for job, steps in progress.done.items():
                 if job not in finished and steps >= progress.planned[job]:
                     finished.add(job)
-                    line = f"[{len(finished)}/{len(progress.planned)}] {job[0]}: {job[1]}"
+                    parts = [f"[{len(finished)}/{len(progress.planned)}] {job[0]}: {job[1]}"]
+                    parts += [progress.speed(job)] if job in progress.first else ["stored"]
+                    if progress.diverged.get(job):
+                        parts.append(f"{progress.diverged[job]} of {progress.replicas} seeds diverged")
+                    console.print(", ".join(parts), markup=False, highlight=False)
+            running = progress.running
+            for job in running:
+                if job not in lines:
+                    lines[job] = bar.add_task(f"{job[0]}: {job[1]}", total=progress.planned[job], speed="")
+                bar.update(lines[job], completed=progress.done[job], speed=progress.speed(job))
+            for job in [job for job in lines if job not in running]:
+                bar.remove_task(lines.pop(job))
+            total, done = sum(progress.planned.values()), sum(progress.done.values())
+            bar.update(everything, total=total, completed=done, speed=progress.speed())
+            if not console.is_terminal and time.monotonic() - said > PLAIN_SECONDS:
+                said = time.monotonic()
+                for job in running:
+                    share = progress.done[job] / progress.planned[job]
+                    line = f"{job[0]}: {job[1]} {share:.0%}, {progress.speed(job)}"
                     console.print(line, markup=False, highlight=False)
 
         yield show
@@ -261,13 +326,13 @@ def _show(chosen: Namespace, console: Console) -> int:
 
     if chosen.tasks < 1:
         raise SettingsError(f"tasks: expected a whole number of at least 1, got {chosen.tasks}")
-    settings = {} if chosen.preset is None else dict(preset_of(chosen.stream, chosen.preset, "show").stream)
+    settings = {} if chosen.preset is None else dict(preset_of(chosen.stream, chosen.preset, ("show",)).stream)
     for item in chosen.settings:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise SettingsError(f"settings: expected key=value, got {item!r}")
         settings[key] = yaml.safe_load(text)
-    stream = construct(STREAMS, chosen.stream, {**settings, "seed": chosen.seed}, "show")
+    stream = construct(STREAMS, chosen.stream, {**settings, "seed": chosen.seed}, ("show",))
     out = Path(chosen.out)
     require_writable(out.parent)
     about = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "root")

@@ -2,6 +2,7 @@
 
 import math
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ class Run:
     which classes take part, the other outputs are left out of loss and accuracy. The same predictions are counted
     for calibration error and Brier score, many batches at a time and off the clock; with a small network and SGD
     that takes 2 % of the time of a step.
+
+    A replica whose loss is not finite has diverged. It is frozen: its weights go back to the initial ones and
+    stay there, its accuracy counts as 0, and of all else it has no number from that task on. The others do not
+    notice.
 
     Args:
         method: the method; its numbers may be tensors of shape (R,).
@@ -102,6 +107,8 @@ class Run:
         self._sums: dict[str, Tensor] = {}
         self._initial = initial_parameters(self.network)
         self._left_out: Tensor | None = None
+        self.diverged = torch.zeros(len(seeds), dtype=torch.bool, device=self.device)
+        self._any_diverged = False
         self.metrics = {name: np.full((len(seeds), first.tasks), np.nan) for name in METRICS}
         self._matrix: np.ndarray | None = None
         tested = measured and first.loss == "cross_entropy" and first.tasks <= MATRIX_TASKS
@@ -139,6 +146,7 @@ class Run:
                         on_step()
                 self._count()
                 self.seconds += time.perf_counter() - started
+                self._mark_diverged(~losses.isfinite())
         batches = first.steps_of(number) * first.epochs
         self._note("online_accuracy", right / (batches * first.batch_size))
         self._note("loss", losses / batches)
@@ -176,6 +184,8 @@ class Run:
         self.optimizer.step()
         for intervention in self.interventions:
             intervention.step_taken(self.network, self.optimizer)
+        if self._any_diverged:
+            self._freeze()
         if self._follows_samples and before is not None:
             self._count_gain(before, inputs, targets)
         logits, losses = logits.detach(), losses.detach()
@@ -188,8 +198,21 @@ class Run:
         if targets.is_floating_point():
             return torch.full_like(losses[:, 0], torch.nan), losses.mean(1)
         # a prediction that is not finite is wrong
-        right = (logits.argmax(-1) == targets) & losses.isfinite()
+        right = (logits.argmax(-1) == targets) & losses.isfinite() & ~self.diverged.unsqueeze(1)
         return right.sum(1), losses.mean(1)
+
+    def _mark_diverged(self, bad: Tensor) -> None:
+        """Mark replicas as diverged, once for all, and freeze them."""
+        if bool((bad & ~self.diverged).any()):
+            self.diverged = self.diverged | bad
+            self._any_diverged = True
+            self._freeze()
+
+    @torch.no_grad()
+    def _freeze(self) -> None:
+        """Put the weights of the diverged replicas back to the initial ones, which are finite."""
+        for name, parameter in self.network.named_parameters():
+            parameter[self.diverged] = self._initial[name][self.diverged].to(parameter.dtype)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         """What the network answers; outputs that take no part are −∞."""
@@ -290,7 +313,7 @@ class Run:
         inputs, targets = map(torch.stack, parts)
         with evaluating(self.network):
             logits = _masked(self.network(inputs.to(self.dtype)), self._outputs_left_out(tasks))
-        right = hits(logits, targets) & (places < counts.unsqueeze(-1))
+        right = hits(logits, targets) & (places < counts.unsqueeze(-1)) & ~self.diverged.unsqueeze(-1)
         return right.sum(-1).double() / counts
 
     def _probe(self, tasks: Sequence[Task]) -> tuple[Tensor, Tensor]:
@@ -303,6 +326,8 @@ class Run:
     def _note(self, name: str, values: Tensor) -> None:
         if name not in self.metrics:  # of a layer
             self.metrics[name] = np.full((len(self.streams), self.tasks), np.nan)
+        if self._any_diverged and name != "online_accuracy":
+            values = torch.where(self.diverged, 0.0 if name == "task_accuracy" else torch.nan, values)
         self.metrics[name][:, self.next_task] = values.detach().cpu().double().numpy()
 
     @property
@@ -315,9 +340,9 @@ class Run:
         """Optimizer steps of one network over the tasks that are done."""
         return self.streams[0].first_step(self.next_task)
 
-    def save(self, path: Path, key: str) -> None:
-        """Write a checkpoint between two tasks; ``key`` says which settings it belongs to."""
-        checkpoint = {
+    def state(self, key: str) -> dict[str, Any]:
+        """All that a checkpoint between two tasks holds; ``key`` says which settings it belongs to."""
+        return {
             "key": key,
             "next_task": self.next_task,
             "seconds": self.seconds,
@@ -325,30 +350,14 @@ class Run:
             "metrics": {name: torch.from_numpy(values) for name, values in self.metrics.items()},
             "matrix": None if self._matrix is None else torch.from_numpy(self._matrix),
             "initial": self._initial,
+            "diverged": self.diverged,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "interventions": [intervention.state_dict() for intervention in self.interventions],
         }
-        with replacing(path) as partial:
-            torch.save(checkpoint, partial)
 
-    def load(self, path: Path, key: str) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            FileProblem: if it is damaged, or belongs to other settings.
-        """
-        try:
-            checkpoint: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise FileProblem(
-                f"{path}: expected a checkpoint, got a damaged file; remove it and run again with --resume"
-            ) from error
-        if checkpoint["key"] != key:
-            raise FileProblem(
-                f"{path}: expected a checkpoint of these settings and this version of clagrange, got another; "
-                f"remove it and run again with --resume"
-            )
+    def load_state(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
         self.network.load_state_dict(checkpoint["network"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for intervention, state in zip(self.interventions, checkpoint["interventions"], strict=True):
@@ -360,10 +369,30 @@ class Run:
         self.metrics = {name: values.cpu().numpy() for name, values in checkpoint["metrics"].items()}
         self._matrix = None if checkpoint["matrix"] is None else checkpoint["matrix"].cpu().numpy()
         self._initial = checkpoint["initial"]
+        self.diverged = checkpoint["diverged"]
+        self._any_diverged = bool(self.diverged.any())
 
-    def result(self, stream: str, method: str) -> MethodResult:
-        """The results so far."""
-        loss = self.metrics["loss"][:, : self.next_task]
+    def save(self, path: Path, key: str) -> None:
+        """Write a checkpoint between two tasks; ``key`` says which settings it belongs to."""
+        with replacing(path) as partial:
+            torch.save(self.state(key), partial)
+
+    def load(self, path: Path, key: str) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            FileProblem: if it is damaged, or belongs to other settings.
+        """
+        checkpoint = read_checkpoint(path, self.device)
+        if checkpoint["key"] != key:
+            raise FileProblem(
+                f"{path}: expected a checkpoint of these settings and this version of clagrange, got another; "
+                f"remove it and run again with --resume"
+            )
+        self.load_state(checkpoint)
+
+    def result(self, stream: str, method: str, origin: dict[str, Any] | None = None) -> MethodResult:
+        """The results so far, with what they follow from."""
         return MethodResult(
             stream=stream,
             method=method,
@@ -371,7 +400,7 @@ class Run:
             and any(intervention.told_of_switches for intervention in self.interventions),
             seeds=tuple(stream.seed for stream in self.streams),
             metrics={name: values[:, : self.next_task] for name, values in self.metrics.items()},
-            diverged=tuple(bool(bad) for bad in ~np.isfinite(loss).all(1)),
+            diverged=tuple(self.diverged.tolist()),
             steps=self.steps_done,
             seconds=self.seconds,
             matrix=None if self._matrix is None else self._matrix[:, : self.next_task + 1, : self.next_task],
@@ -379,6 +408,7 @@ class Run:
                 [self.streams[0].batch_size * self.streams[0].first_step(n + 1) for n in range(self.next_task)]
             ),
             elapsed=np.array(self._elapsed),
+            origin=origin,
         )
 
 
@@ -390,3 +420,22 @@ def _is_turn(done: int, every: int | None) -> bool:
 def _masked(logits: Tensor, left_out: Tensor | None) -> Tensor:
     """Outputs, those that take no part as −∞."""
     return logits if left_out is None else logits.masked_fill(left_out, -torch.inf)
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `Run.save` wrote, checked against its own checksums.
+
+    Raises:
+        FileProblem: if it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
+        checkpoint: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["key"], checkpoint["next_task"]
+    except Exception as error:
+        raise FileProblem(
+            f"{path}: expected a checkpoint, got a damaged file; remove it and run again with --resume"
+        ) from error
+    return checkpoint

@@ -3,12 +3,18 @@
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clagrange.study.files import PARTIAL, file_name
+import numpy as np
+
+from clagrange.study.files import file_name, partial_prefix
 from clagrange.study.results import MethodResult
 from clagrange.study.statistics import band
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def write_events(directory: Path, results: Sequence[MethodResult]) -> None:
@@ -22,7 +28,7 @@ def write_events(directory: Path, results: Sequence[MethodResult]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.{PARTIAL}", dir=directory.parent))
+    beside = Path(tempfile.mkdtemp(prefix=partial_prefix(directory), dir=directory.parent))
     try:
         new = beside / "new"
         new.mkdir()
@@ -30,7 +36,7 @@ def write_events(directory: Path, results: Sequence[MethodResult]) -> None:
             run = new / file_name(result.stream) / file_name(result.method)
             writer = SummaryWriter(str(run), max_queue=10_000)
             try:
-                for tag, values in _curves(result).items():
+                for tag, values in _curves(result.metrics).items():
                     for task, value in enumerate(values):
                         if math.isfinite(value):
                             writer.add_scalar(tag, value, task)
@@ -43,12 +49,57 @@ def write_events(directory: Path, results: Sequence[MethodResult]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _curves(result: MethodResult) -> dict[str, list[float]]:
+class LiveEvents:
+    """The curves of runs that are under way, a task at a time; `write_events` replaces them in the end.
+
+    Args:
+        directory: as `write_events` takes it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writers: dict[tuple[str, str], SummaryWriter] = {}
+        self._diverged: dict[tuple[str, str], np.ndarray] = {}
+
+    def add(self, stream: str, method: str, first: int, metrics: Mapping[str, np.ndarray]) -> int:
+        """Add tasks of a run, (seeds, tasks) of each metric from task ``first`` on.
+
+        Returns:
+            Number of seeds whose loss was not finite so far.
+        """
+        run = (stream, method)
+        if run not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            path = self._directory / file_name(stream) / file_name(method)
+            if first == 0:
+                shutil.rmtree(path, ignore_errors=True)
+            self._writers[run] = SummaryWriter(str(path), flush_secs=10)
+        for tag, values in _curves(metrics).items():
+            for task, value in enumerate(values, first):
+                if math.isfinite(value):
+                    self._writers[run].add_scalar(tag, value, task)
+        bad = ~np.isfinite(metrics["loss"]).all(1)
+        self._diverged[run] = self._diverged.get(run, np.zeros_like(bad)) | bad
+        return int(self._diverged[run].sum())
+
+    def close(self, stream: str, method: str) -> None:
+        """A run has ended."""
+        if (stream, method) in self._writers:
+            self._writers.pop((stream, method)).close()
+
+    def close_all(self) -> None:
+        """All runs have ended."""
+        for run in list(self._writers):
+            self.close(*run)
+
+
+def _curves(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
     """Values per task for each tag."""
     curves = {}
-    for name, values in result.metrics.items():
-        mean, low, high = band(values)
-        curves[name] = mean.tolist()
-        if name == "online_accuracy":
-            curves[f"{name}_low"], curves[f"{name}_high"] = low.tolist(), high.tolist()
+    for name, values in metrics.items():
+        finite = np.isfinite(values).all(0)
+        curves[name] = np.where(finite, np.where(finite, values, 0.0).mean(0), np.nan).tolist()
+    _, low, high = band(metrics["online_accuracy"])
+    curves["online_accuracy_low"], curves["online_accuracy_high"] = low.tolist(), high.tolist()
     return curves

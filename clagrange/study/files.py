@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,40 @@ from typing import Any
 
 PARTIAL = "partial-"
 """In the names of files that are being written, and of what a process leaves that is killed while it writes."""
+
+
+def this_host() -> str:
+    """The name of this machine, fit for a file name."""
+    return file_name(socket.gethostname())
+
+
+def partial_prefix(target: Path) -> str:
+    """How the name begins of what this process writes beside ``target``."""
+    return f".{target.name}.{PARTIAL}{os.getpid()}@{this_host()}-"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes left half-written that are gone; processes of other machines count as living."""
+    for leftover in list(folder.rglob(f".*.{PARTIAL}*")):
+        writer = re.search(rf"\.{PARTIAL}(\d+)@(.+)-[^-]*$", leftover.name)
+        if writer is not None and (writer[2] != this_host() or _lives(int(writer[1]))):
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # nothing is being written while this is asked
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class FileProblem(ValueError):  # noqa: N818 - says what it is
@@ -41,7 +77,7 @@ def replacing(target: Path) -> Iterator[Path]:
         ...     _ = path.write_text("whole")
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.{PARTIAL}", suffix=target.suffix, dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=partial_prefix(target), suffix=target.suffix, dir=target.parent)
     os.close(handle)
     partial = Path(name)
     try:

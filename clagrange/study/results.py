@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -82,6 +83,8 @@ class MethodResult:
             examples of every task, before any training and after each task; else None.
         samples: number of examples up to the end of each task, (tasks,).
         elapsed: ``seconds`` up to the end of each task, (tasks,). Both are None in results of older versions.
+        origin: settings, data and version that the numbers follow from (`clagrange.study.store.Origin`); None of
+            results that were stored without it.
     """
 
     stream: str
@@ -95,6 +98,7 @@ class MethodResult:
     matrix: np.ndarray | None = None
     samples: np.ndarray | None = None
     elapsed: np.ndarray | None = None
+    origin: dict[str, Any] | None = None
 
     @property
     def measure(self) -> str:
@@ -132,10 +136,11 @@ class MethodResult:
                 for name, values in (("samples", self.samples), ("elapsed", self.elapsed))
                 if values is not None
             },
+            "origin": self.origin,
         }
         table = pa.table(columns).replace_schema_metadata({"clagrange": json.dumps(about)})
         with replacing(path) as partial:
-            pq.write_table(table, partial)
+            pq.write_table(table, partial, write_page_checksum=True)
 
     @classmethod
     def read(cls, path: Path) -> "MethodResult":
@@ -145,7 +150,7 @@ class MethodResult:
             FileProblem: if the file is damaged or was not written by clagrange.
         """
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
             about = json.loads(table.schema.metadata[b"clagrange"])
             seeds = len(about["seeds"])
             tasks = len(table) // seeds
@@ -178,4 +183,5 @@ class MethodResult:
             matrix=matrix,
             samples=np.array(about["samples"]) if "samples" in about else None,
             elapsed=np.array(about["elapsed"]) if "elapsed" in about else None,
+            origin=about.get("origin"),
         )

@@ -13,19 +13,11 @@ import yaml
 from scipy.stats import qmc
 
 from clagrange._checks import did_you_mean
+from clagrange.study.document import Key, Problems, SettingsError, check_mapping, read_document
 from clagrange.study.engine import Run
 from clagrange.study.files import require_writable, write_json
 from clagrange.study.methods import METHODS, Method
-from clagrange.study.settings import (
-    SettingsError,
-    StreamStudy,
-    check_keys,
-    check_mapping,
-    construct,
-    read_seeds,
-    read_stream,
-    read_yaml,
-)
+from clagrange.study.settings import StreamStudy, construct, read_seeds, read_stream, stream_methods
 from clagrange.tasks import TaskStream
 
 MOST_REPLICAS = 48
@@ -119,65 +111,98 @@ def load_search(source: str | Path) -> Search:
     shared out. ``trials`` settings are spread over the ranges, then ``refinements`` more around the best.
 
     Raises:
-        SettingsError: with one line that names the setting, what was expected, and what came.
+        SettingsError: with a line for each problem, which names file and line, the setting, what was expected,
+            and what came.
     """
-    tree = read_yaml(source)
-    known = {"seeds", "trials", "refinements", "study", "streams"}
-    check_keys("search", tree, known, required=known)
-    check_keys("study", tree["study"], {"seeds", "tasks"}, required={"seeds", "tasks"})
-    check_keys("study.tasks", tree["study"]["tasks"], set(tree["streams"]), required=set())
-    seeds = read_seeds(tree["seeds"])
-    overlap = set(seeds) & set(read_seeds(tree["study"]["seeds"]))
-    if overlap:
-        raise SettingsError(f"study.seeds: expected others than the tuning seeds, got {sorted(overlap)}")
+    document = read_document(source)
+    problems = Problems(document)
+    tree, known = document.tree, {"seeds", "trials", "refinements", "study", "streams"}
+    with problems.caught():
+        problems.check_keys((), tree, known, required=known)
+    problems.raise_any()
+    with problems.caught():
+        check_mapping(("streams",), tree["streams"])
+        problems.check_keys(("study",), tree["study"], {"seeds", "tasks"}, required={"seeds", "tasks"})
+    problems.raise_any()
+    with problems.caught():
+        if tree["study"]["tasks"] != {}:
+            problems.check_keys(("study", "tasks"), tree["study"]["tasks"], set(tree["streams"]), required=())
+    seeds: tuple[int, ...] = ()
+    with problems.caught():
+        seeds = read_seeds(tree["seeds"], ("seeds",))
+        overlap = set(seeds) & set(read_seeds(tree["study"]["seeds"], ("study", "seeds")))
+        if overlap:
+            raise SettingsError(
+                f"expected others than the tuning seeds, got {sorted(overlap)}", ("study", "seeds")
+            )
     for name, least in (("trials", 1), ("refinements", 0)):
         if type(tree[name]) is not int or tree[name] < least:
-            raise SettingsError(f"{name}: expected a whole number of at least {least}, got {tree[name]!r}")
-    check_mapping("streams", tree["streams"])
-    streams = {name: read_stream(name, body, kept=()) for name, body in tree["streams"].items()}
-    methods = {
-        name: {
-            label: _method_search(f"streams.{name}.methods.{label}", label, entry, tree["trials"])
-            for label, entry in body["methods"].items()
+            message = f"expected a whole number of at least {least}, got {tree[name]!r}"
+            problems.note(SettingsError(message, (name,)))
+            tree[name] = least
+    streams, methods = {}, {}
+    for name, body in tree["streams"].items():
+        study = read_stream(problems, name, body, kept=())
+        methods[name] = {
+            label: _method_search(problems, ("streams", name, "methods", label), label, entry, tree["trials"])
+            for label, entry in (body["methods"].items() if stream_methods(body) else ())
         }
-        for name, body in tree["streams"].items()
-    }
+        if study is not None:
+            streams[name] = study
+    problems.raise_any()
     return Search(seeds, tree["trials"], tree["refinements"], tree["study"], streams, methods)
 
 
-def _method_search(where: str, label: str, entry: Any, trials: int) -> MethodSearch:
+def _method_search(problems: Problems, key: Key, label: str, entry: Any, trials: int) -> MethodSearch:
+    """The search of a method; what is wrong with it is noted."""
     kinds, spaces = set(), []
-    for alternative in entry if isinstance(entry, list) else [entry]:
-        values = dict(alternative or {})
-        kinds.add(values.pop("kind", label))
-        ranges = {key: _dimension(f"{where}.{key}", v) for key, v in values.items() if isinstance(v, dict)}
-        spaces.append(Space({key: v for key, v in values.items() if key not in ranges}, ranges))
-    if len(kinds) != 1:
-        raise SettingsError(f"{where}: expected alternatives of one kind, got {', '.join(sorted(kinds))}")
-    found = MethodSearch(kinds.pop(), tuple(spaces))
-    for _, settings in found.first_round(trials):
-        construct(METHODS, found.kind, settings, where)
-    return found
+    alternatives = entry if isinstance(entry, list) else [entry]
+    with problems.caught():
+        if not alternatives:
+            raise SettingsError("expected settings and ranges, or a list of such entries, got []", key)
+        for place, alternative in enumerate(alternatives):
+            where = (*key, str(place)) if isinstance(entry, list) else key
+            if not isinstance(alternative or {}, dict):
+                raise SettingsError(f"expected settings and ranges, got {alternative!r}", where)
+            values, ranges = dict(alternative or {}), {}
+            kind = values.pop("kind", label)
+            kinds.add(kind)
+            for name, value in values.items():
+                if isinstance(value, dict):
+                    with problems.caught():
+                        ranges[name] = _dimension((*where, str(name)), value)
+            fixed = {name: value for name, value in values.items() if not isinstance(value, dict)}
+            spaces.append(Space(fixed, ranges))
+            with problems.caught():
+                for settings in spaces[-1].points(trials, seed=place):
+                    construct(METHODS, kind, settings, where)
+        if len(kinds) != 1:
+            raise SettingsError(
+                f"expected alternatives of one kind, got {', '.join(sorted(map(str, kinds)))}", key
+            )
+    return MethodSearch(next(iter(kinds), label), tuple(spaces))
 
 
-def _dimension(where: str, value: dict[str, Any]) -> Dimension:
+def _dimension(key: Key, value: dict[str, Any]) -> Dimension:
     scales = ("log", "uniform", "choice")
     if len(value) != 1 or next(iter(value)) not in scales:
         raise SettingsError(
-            f"{where}: expected one of {', '.join(scales)}, got {', '.join(map(str, value))}"
-            f"{did_you_mean(next(iter(value), ''), scales)}"
+            f"expected one of {', '.join(scales)}, got {', '.join(map(str, value)) or '{}'}"
+            f"{did_you_mean(next(iter(value), ''), scales)}",
+            key,
         )
     scale, values = next(iter(value.items()))
     if not isinstance(values, list) or not values:
-        raise SettingsError(f"{where}.{scale}: expected a list, got {values!r}")
+        raise SettingsError(f"expected a list with at least one entry, got {values!r}", (*key, scale))
     if scale != "choice":
         try:
             values = [float(bound) for bound in values]
         except (TypeError, ValueError):
             values = []
         lowest = 0.0 if scale == "log" else -math.inf
-        if len(values) != 2 or not lowest < values[0] < values[1]:
-            raise SettingsError(f"{where}.{scale}: expected [low, high] with low < high, got {value[scale]!r}")
+        if len(values) != 2 or not lowest < values[0] < values[1] < math.inf:
+            above = "0 < low < high" if scale == "log" else "low < high"
+            raise SettingsError(f"expected [low, high] with {above}, got {value[scale]!r}", (*key, scale))
     return Dimension(scale, tuple(values))
 
 
@@ -260,7 +285,7 @@ def _try(
     trials: list[dict[str, Any]] = [{"settings": values} for values in settings]
     seconds = 0.0
     for batch in _batches(settings, len(streams)):
-        methods = [construct(METHODS, kind, settings[index], "trial") for index in batch]
+        methods = [construct(METHODS, kind, settings[index], ("trial",)) for index in batch]
         run = Run(stacked(methods, len(streams)), streams * len(methods), network, measured=False)
         while run.next_task < run.tasks:
             run.run_task()

@@ -1,22 +1,21 @@
 """Study files: what to run, read from YAML, overridden, checked, and written out again in full."""
 
 import dataclasses
-import hashlib
-import importlib.resources
-import json
+import inspect
 import math
+import re
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from jsonargparse import ArgumentParser
 
-import clagrange
 from clagrange import tasks
 from clagrange._checks import did_you_mean
+from clagrange.study.document import Key, Problems, check_mapping, read_document
+from clagrange.study.document import SettingsError as SettingsError
 from clagrange.study.engine import Run
 from clagrange.study.methods import METHODS, Method, snake_case
 from clagrange.tasks import Preset, TaskStream
@@ -32,10 +31,6 @@ STREAMS: dict[str, type[TaskStream]] = {
 
 SCHEDULES = ("sharpness_every", "sample_plasticity_every")
 """Numbers of tasks from one expensive measurement to the next."""
-
-
-class SettingsError(ValueError):
-    """A study file, an override or an output folder that cannot be used; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +67,12 @@ class Study:
     Attributes:
         seeds: the same for every method: data order, initial weights and random streams follow from them.
         streams: by name, in order.
+        device: kind of device to train on, "cpu" or "cuda"; no part of a study file.
     """
 
     seeds: tuple[int, ...]
     streams: dict[str, StreamStudy]
+    device: str = "cpu"
 
     def runs(self) -> list[tuple[str, str]]:
         """Stream and method of every run, in order."""
@@ -84,9 +81,13 @@ class Study:
     def start(self, stream: str, method: str) -> Run:
         """A run before its first task."""
         study = self.streams[stream]
-        streams = [study.stream(seed) for seed in self.seeds]
-        schedules = {name: getattr(study, name) for name in SCHEDULES}
-        return Run(study.methods[method], streams, study.network, **schedules)
+        return Run(
+            study.methods[method],
+            [study.stream(seed) for seed in self.seeds],
+            study.network,
+            **{name: getattr(study, name) for name in SCHEDULES},
+            device=self.device,
+        )
 
     def resolved(self) -> dict[str, Any]:
         """Everything in full, defaults included, in the form of a study file."""
@@ -104,19 +105,6 @@ class Study:
             },
         }
 
-    def key(self, stream: str, method: str) -> str:
-        """A hash of all that determines the numbers of one run."""
-        resolved = self.resolved()
-        chosen = resolved["streams"][stream]
-        network = chosen["hidden"] if "hidden" in chosen else chosen["network"]
-        parts = [clagrange.__version__, resolved["seeds"], chosen["stream"], network]
-        if "sharpness_every" in chosen:
-            parts.append(chosen["sharpness_every"])
-        if "sample_plasticity_every" in chosen:
-            parts.append({"sample_plasticity_every": chosen["sample_plasticity_every"]})
-        text = json.dumps([*parts, chosen["methods"][method]], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
 
 def kind_of(method: Method) -> str:
     """The name by which a study file calls a method."""
@@ -131,7 +119,7 @@ def load_study(
     streams: Sequence[str] | None = None,
     left_out: Callable[[str], None] | None = None,
 ) -> Study:
-    """Read a study file, apply overrides, and check every setting.
+    """Read a study file, apply overrides, and check every setting, package and data file before anything runs.
 
     Args:
         source: a path, or the name of a study that comes with the package, such as "demo".
@@ -143,126 +131,99 @@ def load_study(
             this function why; default: they are an error.
 
     Raises:
-        SettingsError: with one line that names the setting, what was expected, and what came.
+        SettingsError: with a line for each problem, which names file and line (or the override), the setting,
+            what was expected, and what came.
     """
-    tree = override(read_yaml(source), overrides)
+    document = read_document(source)
+    document.override(overrides)
+    problems = Problems(document)
+    tree = document.tree
     known = {"seeds", "streams"}
-    check_keys("study", tree, known, required=known)
-    seeds = read_seeds(tree["seeds"])
-    check_mapping("streams", tree["streams"])
+    with problems.caught():
+        problems.check_keys((), tree, known, required=known)
+        seeds: tuple[int, ...] = (0,)
+        if "seeds" in tree:
+            with problems.caught():
+                seeds = read_seeds(tree["seeds"], ("seeds",))
+        if "streams" in tree:
+            check_mapping(("streams",), tree["streams"])
+    if not isinstance(tree, dict) or not isinstance(tree.get("streams"), dict):
+        problems.raise_any()
     chosen = _chosen("streams", streams, list(tree["streams"]))
     every_method = [label for body in tree["streams"].values() for label in stream_methods(body)]
     kept = _chosen("methods", methods, list(dict.fromkeys(every_method)))
     found = {}
     for name in chosen:
-        stream_study = read_stream(name, tree["streams"][name], kept, left_out if methods is None else None)
-        if stream_study.methods:
+        stream_study = read_stream(
+            problems, name, tree["streams"][name], kept, left_out if methods is None else None
+        )
+        if stream_study is not None and stream_study.methods:
             found[name] = stream_study
-    if not found:
-        raise SettingsError(f"methods: expected one of those of {', '.join(chosen)}, got {', '.join(kept)}")
     study = Study(seeds, found)
     for stream, method in study.runs():
-        _try(study, stream, method)
+        with problems.caught():
+            _try(study, stream, method, tree["streams"][stream])
+    _check_file_names(problems, study)
+    problems.raise_any()
+    if not found:
+        raise SettingsError(f"methods: expected one of those of {', '.join(chosen)}, got {', '.join(kept)}")
     return study
 
 
-def _try(study: Study, stream: str, method: str) -> None:
+def _try(study: Study, stream: str, method: str, written: Mapping[str, Any]) -> None:
     """Make the network, optimizer and interventions of a run, so that bad numbers show before anything runs."""
     body = study.streams[stream]
     try:
         Run(body.methods[method], [body.stream(study.seeds[0])], body.network, measured=False)
-    except (TypeError, ValueError, OSError) as error:
-        raise SettingsError(f"{stream}.{method}: {error}") from error
+    except (TypeError, ValueError, OSError, ImportError) as error:
+        name, _, said = str(error).partition(": ")
+        if name in parameters(type(body.methods[method])):
+            raise SettingsError(said, ("streams", stream, "methods", method, name)) from error
+        unknown = re.search(r"got '(\w+)'", said) if name == "network" else None
+        word = name.removeprefix("network.") if unknown is None else unknown[1]
+        if word in body.network:
+            within = (
+                ("network", word) if "network" in written else ("hidden",) if word == "hidden" else ("stream",)
+            )
+            raise SettingsError(said, ("streams", stream, *within)) from error
+        raise SettingsError(str(error), ("streams", stream, "methods", method)) from error
+
+
+def _check_file_names(problems: Problems, study: Study) -> None:
+    """Names become file names, STREAM.METHOD."""
+    files: dict[str, tuple[str, str]] = {}
+    for stream, method in study.runs():
+        for key in (("streams", stream), ("streams", stream, "methods", method)):
+            if not re.fullmatch(r"[\w+-][\w.+-]*", key[-1]):
+                problems.note(
+                    SettingsError(
+                        f"expected a name of letters, digits, '_', '-', '+' and '.', got {key[-1]!r}", key
+                    )
+                )
+        other = files.setdefault(f"{stream}.{method}".casefold(), (stream, method))
+        if other != (stream, method):
+            problems.note(
+                SettingsError(
+                    f"expected names whose files differ, got {stream}.{method} beside {'.'.join(other)}; "
+                    f"rename one",
+                    ("streams", stream, "methods", method),
+                )
+            )
 
 
 def read_yaml(source: str | Path) -> Any:
-    """Parse a YAML file, given by path or by the name of one that comes with the package."""
-    path = Path(source)
-    packaged = importlib.resources.files("clagrange.configs")
-    names = sorted(entry.name[:-5] for entry in packaged.iterdir() if entry.name.endswith(".yaml"))
-    try:
-        text = packaged.joinpath(f"{source}.yaml").read_text() if str(source) in names else path.read_text()
-    except OSError as error:
-        raise SettingsError(
-            f"config: expected a readable file or one of {', '.join(names)}; got {str(source)!r} "
-            f"({error.strerror}){did_you_mean(source, names)}"
-        ) from error
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"config: {source} is not valid YAML: {' '.join(str(error).split())}") from error
+    """The settings of a YAML file, given by path or by the name of one that comes with the package."""
+    return read_document(source).tree
 
 
-def override(tree: Any, overrides: Sequence[str]) -> Any:
-    """Set the values that ``key=value`` strings name by the end of their path; empty entries count as {}."""
-    tree = _filled(tree)
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise SettingsError(f"overrides: expected key=value, got {item!r}")
-        *parents, last = key.split(".")
-        places = [
-            node
-            for path, node in _mappings(tree, ())
-            if (not parents or path[-len(parents) :] == tuple(parents)) and (last in node or parents)
-        ]
-        if not places:
-            keys = sorted({name for _, node in _mappings(tree, ()) for name in node})
-            raise SettingsError(
-                f"overrides: expected the end of a setting's path in the study, got {key!r}"
-                f"{did_you_mean(last, keys) or did_you_mean(key.split('.')[0], keys)}"
-            )
-        for node in places:
-            node[last] = yaml.safe_load(text)
-    return tree
-
-
-def _filled(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {
-            key: {name: {} if entry is None else entry for name, entry in value.items()}
-            if key == "methods" and isinstance(value, dict)
-            else {}
-            if key == "stream" and value is None
-            else _filled(value)
-            for key, value in tree.items()
-        }
-    return tree
-
-
-def _mappings(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    if isinstance(tree, dict):
-        yield path, tree
-        for key, value in tree.items():
-            yield from _mappings(value, (*path, key))
-
-
-def check_mapping(where: str, value: Any) -> None:
-    """Raise unless ``value`` is a non-empty mapping."""
-    if not isinstance(value, Mapping) or not value:
-        raise SettingsError(f"{where}: expected a mapping with at least one entry, got {value!r}")
-
-
-def check_keys(where: str, value: Any, known: set[str], required: set[str]) -> None:
-    """Raise unless ``value`` is a mapping with the required keys and no unknown one."""
-    check_mapping(where, value)
-    for key in value:
-        if key not in known:
-            raise SettingsError(
-                f"{where}: expected {', '.join(sorted(known))}; got {key!r}{did_you_mean(key, known)}"
-            )
-    for key in sorted(required - set(value)):
-        raise SettingsError(f"{where}: expected a setting {key!r}, got {', '.join(map(str, value))}")
-
-
-def read_seeds(value: Any) -> tuple[int, ...]:
+def read_seeds(value: Any, key: Key) -> tuple[int, ...]:
     """Seeds as a list of whole numbers, or as their number: n stands for 0 to n − 1."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return tuple(range(value))
     whole = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
     if whole and value and len(set(value)) == len(value):
         return tuple(value)
-    raise SettingsError(f"seeds: expected a number of at least 1 or a list of different seeds, got {value!r}")
+    raise SettingsError(f"expected a number of at least 1 or a list of different seeds, got {value!r}", key)
 
 
 def _chosen(what: str, wanted: Sequence[str] | None, known: list[str]) -> list[str]:
@@ -282,69 +243,117 @@ def stream_methods(body: Any) -> list[str]:
 
 
 def read_stream(
-    name: str, body: Any, kept: Sequence[str], left_out: Callable[[str], None] | None = None
-) -> StreamStudy:
-    """One stream of a study file."""
-    where = f"streams.{name}"
-    known = {"stream", "hidden", "network", *SCHEDULES, "threshold", "methods"}
-    check_keys(where, body, known, {"methods"})
+    problems: Problems,
+    name: str,
+    body: Any,
+    kept: Sequence[str],
+    left_out: Callable[[str], None] | None = None,
+) -> StreamStudy | None:
+    """One stream of a study file.
+
+    Where it cannot be used, the problems are noted, and its methods come with another stream, to be tried all the
+    same; None where there is nothing to try.
+    """
+    key = ("streams", name)
+    with problems.caught():
+        known = {"stream", "hidden", "network", *SCHEDULES, "threshold", "methods"}
+        problems.check_keys(key, body, known, required={"methods"})
+    if not isinstance(body, dict) or not body:
+        return None
     schedules = {schedule: body.get(schedule) for schedule in SCHEDULES}
     for schedule, every in schedules.items():
         if every is not None and (type(every) is not int or every < 1):
-            raise SettingsError(
-                f"{where}.{schedule}: expected a number of tasks of at least 1, or null, got {every!r}"
-            )
+            message = f"expected a number of tasks of at least 1, or null, got {every!r}"
+            problems.note(SettingsError(message, (*key, schedule)))
     threshold = body.get("threshold")
     if threshold is not None and (type(threshold) not in (int, float) or not math.isfinite(threshold)):
-        raise SettingsError(
-            f"{where}.threshold: expected an online accuracy such as 0.8 (a loss where targets are numbers), or "
-            f"null, got {threshold!r}"
+        expected = "an online accuracy such as 0.8 (a loss where targets are numbers), or null"
+        problems.note(SettingsError(f"expected {expected}, got {threshold!r}", (*key, "threshold")))
+    methods = _read_methods(problems, key, body, kept, left_out)
+    network = _read_network(problems, body, key)
+    with problems.caught():
+        kind, resolved, of_preset = _read_task_stream(name, body, key)
+        return StreamStudy(
+            name, kind, resolved, dict(network or of_preset), methods, **schedules, threshold=threshold
         )
-    settings = dict(body.get("stream") or {})
-    kind = settings.pop("kind", name)
-    if "seed" in settings:
-        raise SettingsError(f"{where}.stream: expected no seed; the study's seeds are used")
-    network: Mapping[str, Any] = {"kind": "mlp", "hidden": [64, 64]}
-    if "preset" in settings:
-        preset = preset_of(kind, settings.pop("preset"), f"{where}.stream")
-        settings, network = {**preset.stream, **settings}, preset.network
-    if "hidden" in body:
-        hidden = body["hidden"]
-        if not isinstance(hidden, list) or not all(type(width) is int and width >= 1 for width in hidden):
-            raise SettingsError(f"{where}.hidden: expected a list of widths of at least 1, got {hidden!r}")
-        network = {"kind": "mlp", "hidden": hidden}
-    if "network" in body:
-        if "hidden" in body:
-            raise SettingsError(f"{where}: expected hidden or network, got both; hidden is short for an MLP")
-        check_mapping(f"{where}.network", body["network"])
-        network = body["network"]
-    stream = construct(STREAMS, kind, settings, f"{where}.stream")
-    resolved = {key: getattr(stream, key) for key in parameters(STREAMS[kind]) if key != "seed"}
-    check_mapping(f"{where}.methods", body["methods"])
+    small = {"tasks": 1, "examples": 4, "batch_size": 4}
+    return StreamStudy(name, "permuted_digits", small, {"kind": "mlp", "hidden": [4]}, methods)
+
+
+def _read_methods(
+    problems: Problems,
+    key: Key,
+    body: Mapping[str, Any],
+    kept: Sequence[str],
+    left_out: Callable[[str], None] | None,
+) -> dict[str, Method]:
+    """The methods of a stream that can be used."""
     methods: dict[str, Method] = {}
+    with problems.caught():
+        if "methods" in body:
+            check_mapping((*key, "methods"), body["methods"])
     for label in stream_methods(body):
         if label not in kept:
             continue
-        if not isinstance(body["methods"][label], dict):
-            raise SettingsError(f"{where}.methods.{label}: expected settings, got {body['methods'][label]!r}")
-        values = dict(body["methods"][label])
+        where, entry = (*key, "methods", label), body["methods"][label]
         try:
-            methods[label] = construct(METHODS, values.pop("kind", label), values, f"{where}.methods.{label}")
+            if not isinstance(entry, dict):
+                raise SettingsError(f"expected settings, got {entry!r}", where)
+            values = dict(entry)
+            methods[label] = construct(METHODS, values.pop("kind", label), values, where)
         except SettingsError as error:
             if left_out is None or not isinstance(error.__cause__, ModuleNotFoundError):
-                raise
-            left_out(str(error))
-    return StreamStudy(name, kind, resolved, dict(network), methods, **schedules, threshold=threshold)
+                problems.note(error)
+            else:
+                left_out(str(error))
+    return methods
 
 
-def preset_of(kind: Any, name: Any, where: str) -> Preset:
+def _read_network(problems: Problems, body: Mapping[str, Any], key: Key) -> Mapping[str, Any] | None:
+    """The settings of the network, where the file has some that can be used."""
+    if "hidden" in body and "network" in body:
+        problems.note(SettingsError("expected hidden or network, got both; hidden is short for an MLP", key))
+    if "hidden" in body:
+        hidden = body["hidden"]
+        if isinstance(hidden, list) and all(type(width) is int and width >= 1 for width in hidden):
+            return {"kind": "mlp", "hidden": hidden}
+        message = f"expected a list of widths of at least 1, got {hidden!r}"
+        problems.note(SettingsError(message, (*key, "hidden")))
+    if "network" in body:
+        with problems.caught():
+            check_mapping((*key, "network"), body["network"])
+            return dict(body["network"])
+    return None
+
+
+def _read_task_stream(
+    name: str, body: Mapping[str, Any], key: Key
+) -> tuple[str, dict[str, Any], Mapping[str, Any]]:
+    """Kind and settings of the stream in full, and the network of its preset, or the usual one."""
+    where = (*key, "stream")
+    if not isinstance(body.get("stream", {}), dict):
+        raise SettingsError(f"expected settings, got {body['stream']!r}", where)
+    settings = dict(body.get("stream", {}))
+    kind = settings.pop("kind", name)
+    if "seed" in settings:
+        raise SettingsError("expected no seed; the study's seeds are used", (*where, "seed"))
+    network: Mapping[str, Any] = {"kind": "mlp", "hidden": [64, 64]}
+    if "preset" in settings:
+        preset = preset_of(kind, settings.pop("preset"), where)
+        settings, network = {**preset.stream, **settings}, preset.network
+    stream = construct(STREAMS, kind, settings, where)
+    resolved = {name: getattr(stream, name) for name in parameters(STREAMS[kind]) if name != "seed"}
+    return kind, resolved, network
+
+
+def preset_of(kind: Any, name: Any, key: Key) -> Preset:
     """A preset of a registered stream."""
-    _check_kind(STREAMS, kind, where)
+    _check_kind(STREAMS, kind, key)
     presets = STREAMS[kind].PRESETS
     if name not in presets:
         raise SettingsError(
-            f"{where}.preset: expected one of {', '.join(presets)} of {kind}; got {name!r}"
-            f"{did_you_mean(name, presets)}"
+            f"expected one of {', '.join(presets)} of {kind}; got {name!r}{did_you_mean(name, presets)}",
+            (*key, "preset"),
         )
     return presets[name]
 
@@ -355,32 +364,51 @@ def parameters(kind: type) -> list[str]:
     return [name.removeprefix("it.") for name in parser.add_class_arguments(kind, "it")]
 
 
-def _check_kind(registry: Mapping[str, Any], kind: Any, where: str) -> None:
-    if kind not in registry:
+def _check_kind(registry: Mapping[str, Any], kind: Any, key: Key) -> None:
+    if not isinstance(kind, str) or kind not in registry:
         raise SettingsError(
-            f"{where}: expected one of {', '.join(registry)}; got {kind!r}{did_you_mean(kind, registry)}"
+            f"expected one of {', '.join(registry)}; got {kind!r}{did_you_mean(kind, registry)}", (*key, "kind")
         )
 
 
-def construct(registry: Mapping[str, type[T]], kind: Any, values: Mapping[str, Any], where: str) -> T:
-    """Make an object of a registered class from settings checked against its constructor's signature."""
-    _check_kind(registry, kind, where)
+_WORDS = {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}
+"""How messages call the types of settings."""
+
+
+def construct(registry: Mapping[str, type[T]], kind: Any, values: Mapping[str, Any], key: Key) -> T:
+    """Make an object of a registered class from settings checked against its constructor's signature.
+
+    Raises:
+        SettingsError: of the first setting that is unknown, missing, of another type or out of range.
+    """
+    _check_kind(registry, kind, key)
     parser = ArgumentParser(exit_on_error=False)
     known = [name.removeprefix("it.") for name in parser.add_class_arguments(registry[kind], "it")]
-    for key in values:
-        if key not in known:
-            raise SettingsError(
-                f"{where}: expected settings {', '.join(known)}; got {key!r}{did_you_mean(key, known)}"
-            )
+    signature = inspect.signature(registry[kind]).parameters
+    for name in values:
+        if name not in known:
+            message = f"expected settings {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"
+            raise SettingsError(message, (*key, str(name)))
+    for name, parameter in signature.items():
+        if name in known and parameter.default is parameter.empty and name not in values:
+            raise SettingsError(f"expected a setting {name!r} of {kind}, got {', '.join(values) or 'none'}", key)
     try:
         made: T = parser.instantiate(parser.parse_object({"it": dict(values)})).it
     except ArgumentError as error:
-        message = " ".join(str(error).replace("it.", "").split())
-        raise SettingsError(f"{where}: {message}") from error
+        named = re.search(r'"it\.(\w+)', str(error))
+        if named is None or named[1] not in values or named[1] not in signature:
+            raise SettingsError(" ".join(str(error).replace("it.", "").split()), key) from error
+        wanted = signature[named[1]].annotation
+        expected = _WORDS.get(wanted) or getattr(wanted, "__name__", None) or str(wanted)
+        message = f"expected {expected}, got {values[named[1]]!r}"
+        raise SettingsError(message, (*key, named[1])) from error
     except (TypeError, ValueError, OSError, ImportError) as error:
-        raise SettingsError(f"{where}: {error}") from error
-    for key in values:
-        value = getattr(made, key, None)
+        name, _, said = str(error).partition(": ")
+        if name in known:
+            raise SettingsError(said, (*key, name)) from error
+        raise SettingsError(str(error), key) from error
+    for name in values:
+        value = getattr(made, name, None)
         if isinstance(value, float) and math.isnan(value):
-            raise SettingsError(f"{where}.{key}: expected a number, got nan")
+            raise SettingsError("expected a number, got nan", (*key, name))
     return made

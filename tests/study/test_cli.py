@@ -96,8 +96,8 @@ def test_a_used_folder_is_refused_resumed_or_replaced(config, tmp_path, capsys):
     assert main(["compare", config, "--out", out, "--methods", "sgd", "--resume"]) == 0
     assert rows(Path(out)) == before
     assert [path.name for path in Path(out).rglob(".*")] == [".mine"]
-    assert main(["compare", config, "tasks=1", "--out", out, "--methods", "sgd", "--resume"]) == 2
-    assert "tasks is 4 there and 1 here" in capsys.readouterr().err
+    assert main(["compare", config, "tasks=1", "--out", out, "--methods", "sgd", "--resume"]) == 0
+    assert "stream.tasks is 4 there and 1 here" in capsys.readouterr().err
     assert main(["compare", config, "tasks=1", "--out", out, "--methods", "sgd", "--overwrite"]) == 0
     assert pq.read_table(Path(out) / "results" / "permuted_digits.sgd.parquet").num_rows == 2
     (tmp_path / "mine").mkdir()
@@ -116,6 +116,10 @@ def test_a_used_folder_is_refused_resumed_or_replaced(config, tmp_path, capsys):
         (["compare", "{config}", "--out", "/dev/null/x"], "cannot be written"),
         (["compare", "{config}", "--workers", "0"], "workers: expected"),
         (["compare", "{config}", "--resume", "--overwrite"], "choose one"),
+        (["compare", "{config}", "--overwrite", "--fresh"], "choose one"),
+        (["compare", "{config}", "--executor", "threads"], "executor: expected processes or ray, got 'threads'"),
+        (["compare", "{config}", "--address", "auto"], "address: expected only with --executor ray"),
+        (["compare", "{config}", "--device", "tpu"], "device: expected cpu or cuda, got 'tpu'"),
         (["compare", "{config}", "--ouy", "x"], "unrecognized arguments"),
         (["comprae"], "invalid choice"),
         (["figure", "3", "--out", "/dev/null/x"], "cannot be written"),

@@ -131,6 +131,45 @@ def test_a_diverged_replica_is_marked_and_disturbs_no_other():
     assert run.metrics["online_accuracy"][1, -1] == 0.0
 
 
+@pytest.mark.parametrize("name", study_methods())
+def test_a_diverged_replica_is_frozen_and_disturbs_no_other(name, tmp_path):
+    """Bit for bit, also when the run goes on from a checkpoint; of the diverged one there are no numbers.
+
+    Kronecker precisions give replicas shares of their own from then on: that rounds otherwise.
+    """
+    method = METHODS[name](**FAST.get(name, {}))
+    runs = [Run(method, [stream(3), stream(8)], [8, 6], sharpness_every=1) for _ in range(3)]
+    steps = []
+
+    @torch.no_grad()
+    def poison():
+        steps.append(1)
+        if len(steps) == 4:
+            for parameter in runs[1].network.parameters():
+                parameter[1] = torch.nan
+
+    for run in runs[:2]:
+        run.run_task()
+    runs[0].run_task()
+    runs[1].run_task(poison)
+    runs[1].save(tmp_path / "run.pt", "key")
+    runs[2].load(tmp_path / "run.pt", "key")
+    for run in runs:
+        run.run_task()
+    whole, *broken = runs
+    rounding = {"rtol": 1e-4, "atol": 1e-6} if "kronecker" in name else {"rtol": 0.0, "atol": 0.0}
+    for run in broken:
+        for key in METRICS:
+            np.testing.assert_allclose(run.metrics[key][0], whole.metrics[key][0], err_msg=key, **rounding)
+            accuracy = key in ("online_accuracy", "task_accuracy")
+            assert (run.metrics[key][1, 2] == 0.0) if accuracy else np.isnan(run.metrics[key][1, 2]), key
+        np.testing.assert_array_equal(run.metrics["loss"][:, 0], whole.metrics["loss"][:, 0])
+        assert run.result("s", "m").diverged == (False, True)
+        for key, parameter in run.network.named_parameters():
+            assert torch.equal(parameter[1], run._initial[key][1]), key
+            torch.testing.assert_close(parameter[0], whole.network.get_parameter(key)[0], **rounding)
+
+
 def test_epochs_and_steps_are_counted():
     labels = RandomLabelDigits(tasks=2, examples=50, batch_size=20, epochs=3)
     run = Run(METHODS["adam"](), [labels], [8])

@@ -118,6 +118,31 @@ def test_bad_searches_are_named(tmp_path, tree, message):
         load_search(write(tmp_path / "search.yaml", tree))
 
 
+def test_all_mistakes_of_a_search_are_found_at_once_each_with_its_line(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(
+        "seeds: [1]\ntrials: 2\nrefinements: 0\nstudy: {seeds: [1, 2], tasks: {digits: 3}}\nstreams:\n"
+        "  permuted_digits:\n    methods:\n      sgd: {lr: {log: [1, 0.1]}}\n"
+        "      adam:\n        lr: {choice: []}\n"
+        "      l2_init:\n        - {base: sgd, lr: {uniform: [1, 1]}}\n        - base: 3\n      adam_l2: []\n"
+    )
+    with pytest.raises(SettingsError) as error:
+        load_search(file)
+    where = "streams.permuted_digits.methods"
+    assert sorted(str(error.value).splitlines()) == sorted(
+        f"{file}:{line}"
+        for line in (
+            "4: study.tasks.digits: expected permuted_digits; got 'digits'",
+            "4: study.seeds: expected others than the tuning seeds, got [1]",
+            f"8: {where}.sgd.lr.log: expected [low, high] with 0 < low < high, got [1, 0.1]",
+            f"10: {where}.adam.lr.choice: expected a list with at least one entry, got []",
+            f"12: {where}.l2_init.0.lr.uniform: expected [low, high] with low < high, got [1, 1]",
+            f"13: {where}.l2_init.1.base: expected a word, got 3",
+            f"14: {where}.adam_l2: expected settings and ranges, or a list of such entries, got []",
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "stream"), [("permuted_search", "permuted_digits"), ("demo_search", "random_label_digits")]
 )

@@ -1,6 +1,7 @@
 """Study files: what is read, overridden, refused, and written out again."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import yaml
 
 from clagrange.study.settings import METHODS, STREAMS, SettingsError, load_study, read_yaml
+from clagrange.study.store import Origin
 
 STUDY = {
     "seeds": 2,
@@ -48,19 +50,23 @@ def test_resolved_settings_make_the_same_study(path, tmp_path):
     assert load_study(again) == study
 
 
+def key(study, stream, method):
+    return Origin.of(study, stream, method).key
+
+
 def test_keys_tell_runs_apart_by_all_that_determines_them(path):
     study = load_study(path)
-    assert study.key("digits", "sgd") == load_study(path).key("digits", "sgd")
+    assert key(study, "digits", "sgd") == key(load_study(path), "digits", "sgd")
     others = [
-        study.key("digits", "strong"),
-        load_study(path, ["digits.methods.sgd.lr=0.2"]).key("digits", "sgd"),
-        load_study(path, ["digits.stream.tasks=4"]).key("digits", "sgd"),
-        load_study(path, ["seeds=3"]).key("digits", "sgd"),
-        load_study(path, ["hidden=[9]"]).key("digits", "sgd"),
-        network_study(path, {"kind": "vit", "width": 8, "depth": 1}).key("labels", "sgd"),
-        network_study(path, {"kind": "vit", "width": 8, "depth": 2}).key("labels", "sgd"),
+        key(study, "digits", "strong"),
+        key(load_study(path, ["digits.methods.sgd.lr=0.2"]), "digits", "sgd"),
+        key(load_study(path, ["digits.stream.tasks=4"]), "digits", "sgd"),
+        key(load_study(path, ["seeds=3"]), "digits", "sgd"),
+        key(load_study(path, ["hidden=[9]"]), "digits", "sgd"),
+        key(network_study(path, {"kind": "vit", "width": 8, "depth": 1}), "labels", "sgd"),
+        key(network_study(path, {"kind": "vit", "width": 8, "depth": 2}), "labels", "sgd"),
     ]
-    assert len({study.key("digits", "sgd"), *others}) == 8
+    assert len({key(study, "digits", "sgd"), *others}) == 8
 
 
 def network_study(path, network):
@@ -93,10 +99,13 @@ def test_a_network_of_another_kind_is_made_and_written_again(path, tmp_path):
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        ({"kind": "resnet"}, r"labels\.sgd: network.kind: expected one of .*did you mean 'resnet18'"),
-        ({"kind": "resnet18", "nrm": "batch"}, r"labels\.sgd: network: .*got 'nrm'; did you mean 'norm'"),
-        ({"kind": "mlp", "hidden": 8}, r"labels\.sgd: hidden: expected a list of widths"),
-        ({"kind": "dohare_convnet"}, r"labels\.sgd: input_shape: expected images large enough"),
+        ({"kind": "resnet"}, r"yaml:7: streams.labels.network.kind: expected one of .*did you mean 'resnet18'"),
+        (
+            {"kind": "resnet18", "nrm": "batch"},
+            r"yaml:8: streams.labels.network.nrm: .*got 'nrm'; did you mean 'norm'",
+        ),
+        ({"kind": "mlp", "hidden": 8}, r"yaml:7: streams.labels.network.hidden: expected a list of widths"),
+        ({"kind": "dohare_convnet"}, r"labels\.methods\.sgd: input_shape: expected images large enough"),
         ([8, 8], r"streams\.labels\.network: expected a mapping"),
     ],
 )
@@ -127,7 +136,7 @@ def test_the_folder_of_the_data_is_no_part_of_a_study(tmp_path, monkeypatch):
         monkeypatch.setenv("CLAGRANGE_DATA", str(tmp_path / folder))
         study = load_study(file)
         assert study.streams["images"].stream(0).task(1).inputs.shape == (8, 16)
-        keys.append(study.key("images", "sgd"))
+        keys.append(key(study, "images", "sgd"))
     assert keys[0] == keys[1]
     assert str(tmp_path) not in yaml.safe_dump(study.resolved())
 
@@ -163,19 +172,25 @@ def test_filters_keep_the_order_of_the_file(path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["strong.temperature=-1"], r"digits\.strong: temperature: expected a number in \(0, inf\), got -1"),
-        (["strong.temperature=hot"], r"digits\.methods\.strong: .*temperature.*float.*hot"),
+        (
+            ["strong.temperature=-1"],
+            r"override 'strong.temperature=-1': .*strong.temperature: expected a number in \(0, inf\), got -1",
+        ),
+        (["strong.temperature=hot"], r"digits\.methods\.strong.temperature: expected a number, got 'hot'"),
         (["strong.lrr=1"], r"got 'lrr'; did you mean 'lr'\?"),
         (["taks=1"], r"got 'taks'; did you mean 'tasks'\?"),
-        (["tasks"], "expected key=value, got 'tasks'"),
-        (["tasks=0"], "tasks: expected a whole number of at least 1, got 0"),
+        (["tasks"], "override 'tasks': expected key=value"),
+        (["digits.stream.tasks=0"], "tasks: expected a whole number of at least 1, got 0"),
         (["examples=2000"], "at most the 1797 digits"),
         (["seeds=0"], "seeds: expected a number of at least 1"),
         (["seeds=[1, 1]"], "seeds: expected .* different seeds"),
         (["hidden=[0]"], "hidden: expected a list of widths"),
         (["digits.stream.seed=3"], "expected no seed"),
-        (["stream.kind=permuted_digit"], "did you mean 'permuted_digits'?"),
-        (["strong.kind=euler"], "streams.digits.methods.strong: expected one of"),
+        (["digits.stream.kind=permuted_digit"], "did you mean 'permuted_digits'?"),
+        (
+            ["strong.kind=euler"],
+            "override 'strong.kind=euler': streams.digits.methods.strong.kind: expected one of",
+        ),
         (["digits.sharpness_every=0"], r"digits\.sharpness_every: expected a number of tasks of at least 1"),
         (
             ["digits.sample_plasticity_every=0.5"],
@@ -200,8 +215,8 @@ def test_a_misspelt_method_is_named_with_the_nearest(path):
     ("text", "message"),
     [
         ("seeds: [", "is not valid YAML"),
-        ("3", "study: expected a mapping"),
-        ("seeds: 1", "study: expected a setting 'streams'"),
+        ("3", "bad.yaml: expected a mapping"),
+        ("seeds: 1", "bad.yaml: expected a setting 'streams'"),
         ("seeds: 1\nstreams: {}", "streams: expected a mapping with at least one entry"),
         ("seeds: 1\nstreams: {permuted_digits: {methods: {}}}", "methods: expected a mapping"),
         ("seeds: 1\nstreams: {permuted_digits: {method: {sgd: {}}}}", "did you mean 'methods'?"),
@@ -231,3 +246,126 @@ def test_the_packaged_searches_name_every_registered_method_and_the_demo_some_of
     for study in demo.streams.values():
         assert set(study.methods) < set(METHODS)
     assert {*search["streams"], *demo.streams} <= set(STREAMS)
+
+
+BAD = """\
+# A study with a mistake on almost every line.
+seeds: []
+streams:
+  permuted_digits:
+    stream: {task: 3}
+    hidden: [8, 0]
+    methods:
+      sgd: {lr: fast}
+      adam: {lr: [0.1]}
+      sgdd: {}
+      shrink_and_perturb:
+        base: adm
+      ivon: {}
+  permuted_images:
+    stream:
+      file: nowhere.npz
+    methods: {sgd: {}}
+  label_permuted:
+    method: {sgd: {}}
+  tabular_drift:
+    stream: {file: 3}
+    methods: {sgd: {}}
+  slowly_changing_regression:
+    sharpness_every: often
+    stream: {tasks: 2}
+    methods:
+      sgd: 3
+      adam: {kind: adma}
+stream: {}
+"""
+
+
+MISTAKES = {
+    2: r"seeds: expected a number of at least 1 or a list of different seeds, got \[\]",
+    5: r"streams\.permuted_digits\.stream\.task: expected settings .*; got 'task'; did you mean 'tasks'\?",
+    6: r"streams\.permuted_digits\.hidden: expected a list of widths of at least 1, got \[8, 0\]",
+    8: r"streams\.permuted_digits\.methods\.sgd\.lr: expected a number, got 'fast'",
+    9: r"streams\.permuted_digits\.methods\.adam\.lr: expected a number, got \[0\.1\]",
+    10: r"streams\.permuted_digits\.methods\.sgdd\.kind: expected one of sgd, .*; did you mean 'sgd'\?",
+    12: r"streams\.permuted_digits\.methods\.shrink_and_perturb\.base: expected one of .*did you mean 'adam'\?",
+    13: r"streams\.permuted_digits\.methods\.ivon: .*pip install",
+    16: r"streams\.permuted_images\.stream\.file: expected an \.npz archive .*nowhere.npz; give its path",
+    18: r"streams\.label_permuted: expected a setting 'methods', got method",
+    19: r"streams\.label_permuted\.method: expected .*; got 'method'; did you mean 'methods'\?",
+    21: r"streams\.tabular_drift\.stream: expected a setting 'target' of tabular_drift, got file",
+    24: r"streams\.slowly_changing_regression\.sharpness_every: expected a number of tasks .*, got 'often'",
+    27: r"streams\.slowly_changing_regression\.methods\.sgd: expected settings, got 3",
+    28: r"streams\.slowly_changing_regression\.methods\.adam\.kind: .*did you mean 'adam'\?",
+    29: r"stream: expected seeds, streams; got 'stream'; did you mean 'streams'\?",
+}
+
+
+def test_all_mistakes_are_found_at_once_each_with_its_line(tmp_path, monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("expected the package ivon-opt; pip install 'clagrange[ivon]'")
+
+    monkeypatch.setattr("clagrange.study.ivon.installed_package", missing)
+    monkeypatch.setenv("CLAGRANGE_DATA", str(tmp_path))
+    file = tmp_path / "bad.yaml"
+    file.write_text(BAD)
+    with pytest.raises(SettingsError) as error:
+        load_study(file)
+    found = sorted(str(error.value).splitlines(), key=lambda line: int(line.split(":")[1]))
+    for line, (number, message) in zip(found, MISTAKES.items(), strict=True):
+        assert re.fullmatch(rf"{file}:{number}: {message}.*", line), line
+
+
+def test_a_name_that_stands_twice_is_an_error(tmp_path):
+    file = tmp_path / "twice.yaml"
+    methods = "    methods:\n      sgd: {lr: 0.1}\n      adam: {lr: 0.1, lr: 0.2}\n      sgd: {lr: 0.2}\n"
+    file.write_text(f"seeds: 1\nstreams:\n  random_labels:\n{methods}  random_labels:\n{methods}")
+    with pytest.raises(SettingsError) as error:
+        load_study(file)
+    where = "streams.random_labels"
+    again = "expected each name once in one place, got it again after line"
+    assert sorted(str(error.value).splitlines()) == sorted(
+        f"{file}:{line}: {key}: {again} {first}; rename or remove one"
+        for line, key, first in (
+            (8, where, 3),
+            (6, f"{where}.methods.adam.lr", 6),
+            (7, f"{where}.methods.sgd", 5),
+            (11, f"{where}.methods.adam.lr", 11),
+            (12, f"{where}.methods.sgd", 10),
+        )
+    )
+
+
+def test_aliases_and_merges_are_no_repetition_and_their_copies_are_apart(tmp_path):
+    file = tmp_path / "shared.yaml"
+    file.write_text(
+        "seeds: 1\nstreams:\n"
+        "  permuted_digits: &body {stream: {tasks: 1}, methods: &both {sgd: {lr: 0.1}, adam: {}}}\n"
+        "  random_label_digits: {stream: {tasks: 1}, methods: *both}\n"
+        "  more: {<<: *body, stream: {kind: permuted_digits, tasks: 2}}\n"
+    )
+    study = load_study(file, ["random_label_digits.methods.sgd.lr=0.5"])
+    assert [body.methods["sgd"].lr for body in study.streams.values()] == [0.1, 0.5, 0.1]
+    assert study.streams["more"].settings["tasks"] == 2
+    file.write_text("seeds: &a [*a]\nstreams: 1")
+    with pytest.raises(SettingsError, match=r"shared.yaml:1: .*alias"):
+        load_study(file)
+
+
+def test_names_that_cannot_be_files_are_refused(tmp_path):
+    file = tmp_path / "names.yaml"
+    methods = {"a/b": {"kind": "sgd"}, "c": {"kind": "sgd"}, "C": {"kind": "sgd"}}
+    file.write_text(yaml.safe_dump({"seeds": 1, "streams": {"permuted_digits": {"methods": methods}}}))
+    with pytest.raises(SettingsError, match=r"names.yaml:7: .*got 'a/b'\n.*names whose files differ"):
+        load_study(file)
+
+
+def test_the_override_is_named_that_a_bad_value_is_from(path):
+    with pytest.raises(SettingsError) as error:
+        load_study(path, ["hidden=[8]", "sgd.lr=1", "sgd.lr=hot", "digits.methods={sgd: {lrr: 1, lr: 2}}"])
+    assert sorted(line.partition(": expected")[0] for line in str(error.value).splitlines()) == [
+        "override 'digits.methods={sgd: {lrr: 1, lr: 2}}': streams.digits.methods.sgd.lrr",
+        "override 'sgd.lr=hot': streams.random_label_digits.methods.sgd.lr",
+    ]
+    with pytest.raises(SettingsError, match=r"override 'sgd=\{a: 1, a: 2\}':1: a: expected each name once"):
+        load_study(path, ["sgd={a: 1, a: 2}"])
