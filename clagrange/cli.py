@@ -137,7 +137,7 @@ def _compare(chosen: Namespace, console: Console) -> int:
         chosen.overrides,
         methods=_names(chosen.methods),
         streams=_names(chosen.streams),
-        left_out=lambda reason: print(f"clagrange: left out: {reason}", file=sys.stderr),
+        left_out=_say_left_out,
     )
     folder = Folder(Path(chosen.out or Path("runs") / Path(chosen.config).stem))
     folder.prepare(study, resume=chosen.resume, overwrite=chosen.overwrite)
@@ -206,12 +206,16 @@ def _tune(chosen: Namespace, console: Console) -> int:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    search = load_search(chosen.config)
+    search = load_search(chosen.config, left_out=_say_left_out)
     report = run_search(search, Path(chosen.out), lambda line: console.print(line, highlight=False))
     if chosen.study is not None:
         with replacing(Path(chosen.study)) as partial:
             partial.write_text(f"# The winners of {chosen.config}.\n{study_of_winners(search, report)}")
     return 0
+
+
+def _say_left_out(reason: str) -> None:
+    print(f"clagrange: left out: {reason}", file=sys.stderr)
 
 
 def _list(chosen: Namespace, console: Console) -> int:
@@ -243,6 +247,8 @@ def _list(chosen: Namespace, console: Console) -> int:
         if entry.get("parameters"):
             defaults = ", ".join(f"{name}={value}" for name, value in entry["parameters"].items())
             console.print(f"    {defaults}", highlight=False, markup=False)
+        if entry.get("extra"):
+            console.print(f"    needs pip install 'clagrange[{entry['extra']}]'", highlight=False, markup=False)
         for name, preset in entry.get("presets", {}).items():
             console.print(f"    preset {name}: {preset['source']}", highlight=False, markup=False)
     return 0
@@ -310,7 +316,7 @@ def _verify(chosen: Namespace, console: Console) -> int:
 
 
 def _describe(name: str, kind: type) -> dict[str, Any]:
-    """Name, first line of the documentation, source and defaults of something that a study can name."""
+    """Name, first line of the documentation, defaults, source and extra of something that a study can name."""
     parameters = inspect.signature(kind).parameters.values()
     entry = {
         "name": name,
@@ -320,5 +326,5 @@ def _describe(name: str, kind: type) -> dict[str, Any]:
             for parameter in parameters
         },
     }
-    source = getattr(kind, "source", None)
-    return entry if source is None else {**entry, "source": source}
+    more = {key: getattr(kind, key, None) for key in ("source", "extra")}
+    return {**entry, **{key: value for key, value in more.items() if value is not None}}

@@ -25,6 +25,7 @@ from clagrange.study.settings import (
     read_seeds,
     read_stream,
     read_yaml,
+    without_its_package,
 )
 from clagrange.tasks import TaskStream
 
@@ -111,12 +112,17 @@ class Search:
     methods: dict[str, dict[str, MethodSearch]]
 
 
-def load_search(source: str | Path) -> Search:
+def load_search(source: str | Path, *, left_out: Callable[[str], None] | None = None) -> Search:
     """Read a search file.
 
     A method's entry holds ranges, ``lr: {log: [1e-3, 1e-1]}``, ``{uniform: [0, 1]}`` or
     ``{choice: [0.9, 0.99]}``, and fixed settings; or a list of such entries, between which the trials are
     shared out. ``trials`` settings are spread over the ranges, then ``refinements`` more around the best.
+
+    Args:
+        source: a path, or the name of a search that comes with the package.
+        left_out: leave out methods whose package is not installed, and tell this function why; default: they
+            are an error.
 
     Raises:
         SettingsError: with one line that names the setting, what was expected, and what came.
@@ -135,13 +141,12 @@ def load_search(source: str | Path) -> Search:
             raise SettingsError(f"{name}: expected a whole number of at least {least}, got {tree[name]!r}")
     check_mapping("streams", tree["streams"])
     streams = {name: read_stream(name, body, kept=()) for name, body in tree["streams"].items()}
-    methods = {
-        name: {
-            label: _method_search(f"streams.{name}.methods.{label}", label, entry, tree["trials"])
-            for label, entry in body["methods"].items()
-        }
-        for name, body in tree["streams"].items()
-    }
+    methods: dict[str, dict[str, MethodSearch]] = {name: {} for name in streams}
+    for name, body in tree["streams"].items():
+        for label, entry in body["methods"].items():
+            with without_its_package(left_out):
+                where = f"streams.{name}.methods.{label}"
+                methods[name][label] = _method_search(where, label, entry, tree["trials"])
     return Search(seeds, tree["trials"], tree["refinements"], tree["study"], streams, methods)
 
 

@@ -1,5 +1,6 @@
 """Study files: what to run, read from YAML, overridden, checked, and written out again in full."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.resources
@@ -311,13 +312,20 @@ def read_stream(
         if not isinstance(body["methods"][label], dict):
             raise SettingsError(f"{where}.methods.{label}: expected settings, got {body['methods'][label]!r}")
         values = dict(body["methods"][label])
-        try:
+        with without_its_package(left_out):
             methods[label] = construct(METHODS, values.pop("kind", label), values, f"{where}.methods.{label}")
-        except SettingsError as error:
-            if left_out is None or not isinstance(error.__cause__, ModuleNotFoundError):
-                raise
-            left_out(str(error))
     return StreamStudy(name, kind, resolved, dict(network), methods, sharpness_every)
+
+
+@contextlib.contextmanager
+def without_its_package(left_out: Callable[[str], None] | None) -> Iterator[None]:
+    """Tell ``left_out``, where there is one, of a method whose package is not installed, and go on."""
+    try:
+        yield
+    except SettingsError as error:
+        if left_out is None or not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        left_out(str(error))
 
 
 def preset_of(kind: Any, name: Any, where: str) -> Preset:

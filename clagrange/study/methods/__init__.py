@@ -11,7 +11,7 @@ from clagrange.study.methods.gaussian import (
     EulerLagrangeKronecker,
     EulerLagrangeKroneckerInjection,
 )
-from clagrange.study.methods.optimizers import BGD, IVON, MESU, UPGD, Muon
+from clagrange.study.methods.optimizers import BGD, IVON, MESU, SOAP, UPGD, Muon, Shampoo
 from clagrange.study.methods.plain import (
     SGD,
     Adam,
@@ -45,6 +45,7 @@ __all__ = [
     "MESU",
     "METHODS",
     "SGD",
+    "SOAP",
     "UPGD",
     "Adam",
     "AdamInputNormalization",
@@ -69,6 +70,7 @@ __all__ = [
     "Redo",
     "RegenerativeL1",
     "SelfNormalizedResets",
+    "Shampoo",
     "ShrinkAndPerturb",
     "SoftReset",
     "SpectralRegularization",
@@ -82,6 +84,8 @@ METHODS: dict[str, type[Method]] = {
         Adam,
         AdamL2,
         Muon,
+        SOAP,
+        Shampoo,
         AdamInputNormalization,
         ShrinkAndPerturb,
         L2Init,

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from clagrange._checks import Number, check_choice
 from clagrange.interventions import Intervention
 from clagrange.optim import StackedAdam, StackedSGD
+from clagrange.study.extras import extra_module
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,17 @@ class Method(ABC):
         source: where the method was published.
         samples_weights: whether the network computes with drawn weights in training; its predictions are then
             those of an evaluation, at the mean.
+        extra: the optional extra of clagrange that it needs, see `clagrange.study.extras`; None for most.
     """
 
     source: ClassVar[str]
     samples_weights: ClassVar[bool] = False
+    extra: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        """Say at once where a package is missing."""
+        if self.extra is not None:
+            extra_module(self.extra)
 
     def prepare(self, network: nn.Module, seeds: int | Sequence[int]) -> None:  # noqa: B027
         """Change the fresh network in place, such as by making it Gaussian, with the seeds of the replicas."""

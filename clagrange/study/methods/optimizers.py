@@ -1,7 +1,9 @@
 """Methods that are an optimizer of their own."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,7 +15,9 @@ from clagrange.interventions import Intervention
 from clagrange.optim import StackedMuon
 from clagrange.replicas import generators_from_seeds, replicas_of
 from clagrange.study import ivon
+from clagrange.study.extras import extra_module
 from clagrange.study.methods.base import Method
+from clagrange.study.one_by_one import OneByOne
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,88 @@ class Muon(Method):
             adamw_lr=self.adamw_lr,
             stacked=replicas_of(network) is not None,
         )
+
+
+@dataclass(frozen=True)
+class SOAP(Method):
+    """SOAP: Adam along the eigenvectors of Shampoo's matrices, for the weights of a layer; Adam on biases.
+
+    Each replica is an optimizer of its own, of the package pytorch-optimizer. The first step only serves the
+    averages. Of the directions in which the first gradient is 0, rounding chooses the axes: runs repeat on one
+    machine, but not number by number between a stacked and a single network.
+
+    Args:
+        lr: learning rate.
+        beta1: decay of the average of the gradients.
+        beta2: decay of the averages of squared gradients and of Shampoo's matrices.
+        weight_decay: decoupled, in units of the learning rate.
+        every: steps from one update of the eigenvectors to the next.
+        largest: width up to which a side of a weight is turned.
+    """
+
+    source = "Vyas et al. (2024)"
+    extra = "second-order"
+    lr: float = 3e-3
+    beta1: float = 0.95
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    every: int = 10
+    largest: int = 10_000
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The package's optimizer."""
+        return _package_optimizer(
+            "SOAP",
+            network,
+            {"precondition_frequency": self.every, "max_precondition_dim": self.largest},
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            weight_decay=self.weight_decay,
+        )
+
+
+@dataclass(frozen=True)
+class Shampoo(Method):
+    """Shampoo: gradients between inverse roots of the sums of their products, one for each side of a weight.
+
+    Each replica is an optimizer of its own, of the package pytorch-optimizer. A side of width d takes a singular
+    value decomposition of a d × d matrix. Weights stay where they are until the first roots are taken.
+
+    Args:
+        lr: learning rate.
+        weight_decay: decoupled, in units of the learning rate.
+        epsilon: ε, what the sums start with, times the identity; the package's 1e-6 is lost beside large entries
+            in single precision, and a root then becomes infinite.
+        every: steps from one taking of the roots to the next.
+    """
+
+    source = "Gupta, Koren, Singer (2018)"
+    extra = "second-order"
+    lr: float = 0.1
+    weight_decay: float = 0.0
+    epsilon: float = 1e-3
+    every: int = 10
+
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """The package's optimizer."""
+        return _package_optimizer(
+            "Shampoo",
+            network,
+            {"preconditioning_compute_steps": self.every, "weight_decouple": True},
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            matrix_eps=self.epsilon,
+        )
+
+
+def _package_optimizer(name: str, network: nn.Module, settings: dict[str, Any], **numbers: Any) -> Optimizer:
+    """An optimizer of pytorch-optimizer, one for each replica of a stacked network."""
+    kind = functools.partial(getattr(extra_module("second-order"), name), **settings)
+    replicas = replicas_of(network)
+    if replicas is not None:
+        return OneByOne(network.parameters(), kind, replicas=replicas, **numbers)
+    optimizer: Optimizer = kind(network.parameters(), **numbers)
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -97,7 +183,7 @@ class _OptimizerSeed(Intervention):
 class IVON(Method):
     """Improved variational online Newton: a variance for every weight, learnt with drawn weights.
 
-    Needs the package ivon-opt: ``pip install 'clagrange[ivon]'``. Each replica is an optimizer of its own.
+    Each replica is an optimizer of its own.
 
     Args:
         lr: learning rate.
@@ -109,6 +195,7 @@ class IVON(Method):
     """
 
     source = "Shen et al. (2024)"
+    extra = "ivon"
     samples_weights = True
     lr: float = 0.1
     ess: float = 1e4
@@ -116,10 +203,6 @@ class IVON(Method):
     beta1: float = 0.9
     beta2: float = 0.9999
     weight_decay: float = 1e-3
-
-    def __post_init__(self) -> None:
-        """Say at once where the package is missing."""
-        ivon.installed_package()
 
     def optimizer(self, network: nn.Module) -> Optimizer:
         """The package's optimizer."""
