@@ -39,7 +39,7 @@ class ContinualBackprop(BasedMethod):
 
 @dataclass(frozen=True)
 class GradedContinualBackprop(BasedMethod):
-    """Move every hidden unit a little toward a fresh one, the more the less it learns.
+    """Move the weights of every hidden unit a little toward fresh ones, the more the less it learns.
 
     Args:
         lr: learning rate.
@@ -48,9 +48,9 @@ class GradedContinualBackprop(BasedMethod):
         base: "sgd" or "adam".
     """
 
-    source = "Continuous continual backpropagation (submitted to ICLR 2026)"
+    source = "McCutcheon, Chatzaroulas, Fallah (2025), continuous continual backpropagation"
     lr: float = 0.03
-    rate: float = 0.015
+    rate: float = 0.012
     every: int = 100
     base: str = "sgd"
 
