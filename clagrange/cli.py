@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import json
+import math
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
@@ -245,7 +246,7 @@ def _list(chosen: Namespace, console: Console) -> int:
         if entry.get("source"):
             console.print(f"    {entry['source']}", highlight=False, style="dim")
         if entry.get("parameters"):
-            defaults = ", ".join(f"{name}={value}" for name, value in entry["parameters"].items())
+            defaults = ", ".join(f"{name}={_yaml(value)}" for name, value in entry["parameters"].items())
             console.print(f"    {defaults}", highlight=False, markup=False)
         if entry.get("extra"):
             console.print(f"    needs pip install 'clagrange[{entry['extra']}]'", highlight=False, markup=False)
@@ -322,9 +323,19 @@ def _describe(name: str, kind: type) -> dict[str, Any]:
         "name": name,
         "summary": (inspect.getdoc(kind) or "").partition("\n")[0],
         "parameters": {
-            parameter.name: "(required)" if parameter.default is parameter.empty else parameter.default
+            parameter.name: "(required)" if parameter.default is parameter.empty else _written(parameter.default)
             for parameter in parameters
         },
     }
     more = {key: getattr(kind, key, None) for key in ("source", "extra")}
     return {**entry, **{key: value for key, value in more.items() if value is not None}}
+
+
+def _written(value: Any) -> Any:
+    """A default as JSON and a study file can hold it."""
+    return ".inf" if value == math.inf else value
+
+
+def _yaml(value: Any) -> str:
+    """A default as a study file has it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))

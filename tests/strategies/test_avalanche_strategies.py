@@ -186,7 +186,7 @@ def test_a_named_strategy_is_its_method_and_changes_what_is_learnt(name: str) ->
         scenario = small_benchmark()
         for experience in scenario.train_stream:
             strategy.train(experience, shuffle=False)
-        assert len(strategy.eval(scenario.test_stream)) > 0
+        strategy.eval(scenario.test_stream)
         return nn.utils.parameters_to_vector(net.parameters()).detach()
 
     if name == "UPGD":

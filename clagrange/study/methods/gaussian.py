@@ -60,6 +60,8 @@ class EulerLagrange(Method):
 class EulerLagrangeInjection(EulerLagrange):
     """Gaussian weights along the Euler-Lagrange flow, with variance injected at every switch.
 
+    Settings beside these are those of `EulerLagrange`.
+
     Args:
         strength: of the sampled injection, in [0, 1].
         widen: fraction by which precisions move to the prior's at a switch.
@@ -142,6 +144,8 @@ class EulerLagrangeKronecker(Method):
 @dataclass(frozen=True)
 class EulerLagrangeKroneckerInjection(EulerLagrangeKronecker):
     """Matrix-Gaussian weights along the Euler-Lagrange flow, with variance injected at every switch.
+
+    Settings beside these are those of `EulerLagrangeKronecker`.
 
     Args:
         strength: of the sampled injection, in [0, 1].
