@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 import json
+import math
 import sys
 import time
 from argparse import ArgumentError
@@ -149,26 +150,23 @@ def _compare(chosen: Namespace, console: Console) -> int:
     if chosen.overwrite and (chosen.resume or chosen.fresh):
         raise SettingsError("overwrite: expected without --resume and --fresh, got both; choose one")
 
-    def say(line: str) -> None:
-        print(f"clagrange: {line}", file=sys.stderr)
-
     study = load_study(
         chosen.config,
         chosen.overrides,
         methods=_names(chosen.methods),
         streams=_names(chosen.streams),
-        left_out=lambda reason: say(f"left out: {reason}"),
+        left_out=lambda reason: _say(f"left out: {reason}"),
     )
     study = dataclasses.replace(study, device=_study_device(chosen.device))
     folder = Folder(Path(chosen.out or Path("runs") / Path(chosen.config).stem))
-    folder.prepare(study, resume=chosen.resume, overwrite=chosen.overwrite, fresh=chosen.fresh, say=say)
+    folder.prepare(study, resume=chosen.resume, overwrite=chosen.overwrite, fresh=chosen.fresh, say=_say)
     console.print(
         f"{len(study.runs())} runs of {len(study.seeds)} seeds each into {folder.path}", highlight=False
     )
     try:
         with _progress_bar(console) as show:
             executor = OnRay(study, folder, chosen.address, chosen.workers) if chosen.executor == "ray" else None
-            results = run_study(study, folder, workers=chosen.workers, executor=executor, show=show, say=say)
+            results = run_study(study, folder, workers=chosen.workers, executor=executor, show=show, say=_say)
     except Interrupted as stop:
         with folder.alone():
             write_output(folder, status="interrupted")
@@ -271,12 +269,16 @@ def _tune(chosen: Namespace, console: Console) -> int:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    search = load_search(chosen.config)
+    search = load_search(chosen.config, left_out=lambda reason: _say(f"left out: {reason}"))
     report = run_search(search, Path(chosen.out), lambda line: console.print(line, highlight=False))
     if chosen.study is not None:
         with replacing(Path(chosen.study)) as partial:
             partial.write_text(f"# The winners of {chosen.config}.\n{study_of_winners(search, report)}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(f"clagrange: {line}", file=sys.stderr)
 
 
 def _list(chosen: Namespace, console: Console) -> int:
@@ -310,8 +312,10 @@ def _list(chosen: Namespace, console: Console) -> int:
             if entry.get(note):
                 console.print(f"    {entry[note]}", highlight=False, style="dim", markup=False)
         if entry.get("parameters"):
-            defaults = ", ".join(f"{name}={value}" for name, value in entry["parameters"].items())
+            defaults = ", ".join(f"{name}={_yaml(value)}" for name, value in entry["parameters"].items())
             console.print(f"    {defaults}", highlight=False, markup=False)
+        if entry.get("extra"):
+            console.print(f"    needs pip install 'clagrange[{entry['extra']}]'", highlight=False, markup=False)
         for name, preset in entry.get("presets", {}).items():
             console.print(f"    preset {name}: {preset['source']}", highlight=False, markup=False)
     return 0
@@ -379,15 +383,25 @@ def _verify(chosen: Namespace, console: Console) -> int:
 
 
 def _describe(name: str, kind: type) -> dict[str, Any]:
-    """Name, first line of the documentation, source and defaults of something that a study can name."""
+    """Name, first line of the documentation, defaults, source and extra of something that a study can name."""
     parameters = inspect.signature(kind).parameters.values()
     entry = {
         "name": name,
         "summary": (inspect.getdoc(kind) or "").partition("\n")[0],
         "parameters": {
-            parameter.name: "(required)" if parameter.default is parameter.empty else parameter.default
+            parameter.name: "(required)" if parameter.default is parameter.empty else _written(parameter.default)
             for parameter in parameters
         },
     }
-    source = getattr(kind, "source", None)
-    return entry if source is None else {**entry, "source": source}
+    more = {key: getattr(kind, key, None) for key in ("source", "extra")}
+    return {**entry, **{key: value for key, value in more.items() if value is not None}}
+
+
+def _written(value: Any) -> Any:
+    """A default as JSON and a study file can hold it."""
+    return ".inf" if value == math.inf else value
+
+
+def _yaml(value: Any) -> str:
+    """A default as a study file has it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))

@@ -144,8 +144,18 @@ def study_methods() -> list[Any]:
     """The name of every method of a study; skipped where it needs a package that is not installed."""
     from clagrange.study.methods import METHODS
 
-    absent = pytest.mark.skipif(importlib.util.find_spec("ivon") is None, reason="ivon-opt is not installed")
-    return [pytest.param(name, marks=absent) if name == "ivon" else name for name in METHODS]
+    return [pytest.param(name, marks=skip_without(kind.extra)) for name, kind in METHODS.items()]
+
+
+def skip_without(extra: str | None) -> Any:
+    """The marks of a test that needs an optional extra of clagrange, if any."""
+    from clagrange.study.extras import EXTRAS
+
+    if extra is None:
+        return ()
+    needed = EXTRAS[extra]
+    absent = importlib.util.find_spec(needed.module) is None
+    return pytest.mark.skipif(absent, reason=f"{needed.package} is not installed")
 
 
 # ---------------------------------------------------------------------------------------------- optimizers

@@ -21,9 +21,6 @@ UTILITIES = ("contribution", "zero_contribution", "adaptable_contribution", "wei
 _CENTERED = ("zero_contribution", "adaptable_contribution")
 _OF_INCOMING = ("adaptable_contribution", "adaptation")
 
-_LARGE = 1 << 20
-"""From so many weights on magnitudes are added up by matrix products, which takes a third of the time."""
-
 
 class ContinualBackprop(UnitReset):
     """After each step, replace a small fraction of the mature hidden units that are of least use.
@@ -352,12 +349,14 @@ class _Route:
         self.plain = isinstance(consumer, nn.Linear) and link.units == consumer.in_features
         self.dimensions = 2 + link.stacked
         self._scratch: tuple[Tensor, Tensor] | None = None
+        self._scratch_for: torch.Size | None = None
 
     def scratch(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory for some rows of the weight, and a 1 for each: fresh memory costs more than the sums."""
-        if self._scratch is None:
-            rows = max(1, (1 << 18) // weight.shape[1])
-            self._scratch = weight.new_empty(rows, weight.shape[1]), weight.new_ones(rows)
+        """Memory for as many rows as fit the cache, and the share of each in a mean over all rows."""
+        if self._scratch is None or self._scratch_for != weight.shape:
+            rows = min(len(weight), max(1, (1 << 18) // weight.shape[1]))
+            self._scratch = weight.new_empty(rows, weight.shape[1]), weight.new_full((rows,), 1.0 / len(weight))
+            self._scratch_for = weight.shape
         return self._scratch
 
     def activations(self, inputs: Tensor) -> Tensor:
@@ -387,15 +386,18 @@ def _mean_outgoing(route: _Route, out: Tensor) -> None:
     weight = route.consumer.weight
     if not route.plain or weight.dtype != out.dtype:
         out.copy_(route.link.mean_outgoing(weight.abs(), route.consumer))
-    elif weight.numel() < _LARGE or weight.dim() > 2 or weight.device.type != "cpu":
+    elif weight.dim() > 2 or weight.device.type != "cpu":
         torch.mean(weight.abs(), -2, out=out)
-    else:  # in pieces that fit the cache
-        magnitudes, ones = route.scratch(weight)
+    else:  # fresh memory would cost more than the sums
+        magnitudes, shares = route.scratch(weight)
+        if len(shares) == len(weight):
+            torch.mv(torch.abs(weight, out=magnitudes).T, shares, out=out)
+            return
         out.zero_()
-        for piece in weight.detach().split(len(ones)):
+        for piece in weight.detach().split(len(shares)):
             size = len(piece)
             torch.abs(piece, out=magnitudes[:size])
-            out.addmv_(magnitudes[:size].T, ones[:size], alpha=1.0 / len(weight))
+            out.addmv_(magnitudes[:size].T, shares[:size])
 
 
 def _mean_incoming(link: Connection) -> Tensor:

@@ -14,7 +14,7 @@ from clagrange.wiring import Connection, LayerMap
 
 
 class GradedContinualBackprop(UnitReset):
-    """Every so many steps, move each hidden unit a part α of the way to a fresh one.
+    """Every so many steps, move the weights of each hidden unit a part α of the way to fresh ones.
 
     With E|g| of a unit the mean |∂L/∂w_in| over its incoming weights, at each step
 
@@ -22,34 +22,38 @@ class GradedContinualBackprop(UnitReset):
 
     and at every ``every``-th
 
-        α = rate·sigmoid(−steepness·(u − 1))
+        α = rate·min(exp(−steepness·(u − threshold)), 1)
         w_in ← (1 − α)·w_in + α·fresh,  fresh ~ U(±gain·√(3/fan_in))
-        b_in ← (1 − α)·b_in,  w_out ← (1 − α)·w_out,  u ← (1 − α)·u + α;
+        w_out ← (1 − α)·w_out,  u ← 1.
 
-    scale and shift of normalisation layers on the way move to 1 and 0 alike. The optimizer's state, a Gaussian
-    precision and running statistics stay, since nothing starts over as a whole.
+    Biases and normalisation layers stay, as do the optimizer's state and a Gaussian precision, since nothing
+    starts over as a whole.
 
     Args:
         rate: ρ in [0, 1], the largest part.
         every: steps from one move to the next.
-        steepness: of the sigmoid.
+        steepness: κ ≥ 0, of the fall of α with u.
+        threshold: τ, the u up to which a unit moves by the whole ρ; 1 is the mean of the layer.
         decay: of the average in u, in [0, 1).
         layers: names of the layers in order, each feeding the next, or of each layer those that it feeds;
             default: found by tracing.
         gain: of the initialisation, √2 for ReLU.
         seed: of the random stream.
 
-    Source: "Learning continually at peak performance with continuous continual backpropagation" (CCBP), submitted
-    to ICLR 2026, https://openreview.net/forum?id=UJqXhFFzKu.
+    Source: McCutcheon, Chatzaroulas, Fallah, "Learning continually at peak performance with continuous continual
+    backpropagation" (CCBP), https://openreview.net/forum?id=UJqXhFFzKu, in the form and with the numbers of the
+    authors' code. The package ccbp-pytorch has α = ρ·sigmoid(−κ(u − 1)) instead, moves biases and the optimizer's
+    state alike, and keeps u.
     """
 
     watches = False
 
     def __init__(
         self,
-        rate: Number = 0.015,
+        rate: Number = 0.012,
         every: int = 1000,
         steepness: float = 16.0,
+        threshold: float = 0.95,
         decay: float = 0.99,
         layers: LayerMap | None = None,
         gain: float = math.sqrt(2.0),
@@ -59,10 +63,12 @@ class GradedContinualBackprop(UnitReset):
         check_fraction("rate", rate)
         check_count("every", every)
         check_nonnegative("steepness", steepness)
+        check_number("threshold", threshold)
         check_number("decay", decay, low=0.0, high=1.0, open_high=True)
         self.rate = rate
         self.every = every
         self.steepness = steepness
+        self.threshold = threshold
         self.decay = decay
         self.state["steps"] = 0
 
@@ -86,9 +92,9 @@ class GradedContinualBackprop(UnitReset):
         if self.state["steps"] % self.every == 0:
             for connection in self._connections:
                 utility = self.state[connection.name]["utility"]
-                part = per_replica(self.rate, utility) * torch.sigmoid(-self.steepness * (utility - 1.0))
-                self._move(connection, part.to(utility.dtype))
-                utility.lerp_(torch.ones_like(utility), part.to(utility.dtype))
+                share = torch.exp(-self.steepness * (utility - self.threshold)).clamp(max=1.0)
+                self._move(connection, (per_replica(self.rate, utility) * share).to(utility.dtype))
+                utility.fill_(1.0)
 
     def _move(self, connection: Connection, part: Tensor) -> None:
         everywhere = torch.ones_like(part, dtype=torch.bool)
@@ -103,11 +109,3 @@ class GradedContinualBackprop(UnitReset):
                 )
                 (fresh[replica] if connection.stacked else fresh).copy_(drawn)
             weight.lerp_(fresh, connection.incoming(part, producer).to(weight.dtype))
-            if producer.bias is not None:
-                producer.bias.mul_(1.0 - part.to(weight.dtype))
-        for norm in connection.norms:
-            for name, parameter in norm.named_parameters(recurse=False):
-                goal = torch.full_like(parameter, float(name == "weight"))
-                parameter.lerp_(
-                    goal, connection.entries(part, parameter).to(parameter.dtype).expand_as(parameter)
-                )

@@ -1,7 +1,7 @@
 """Hare and Tortoise: a slow average that the fast network falls back to."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_count, check_fraction, per_replica
@@ -15,9 +15,10 @@ class HareAndTortoise(Intervention):
 
         t ← decay·t + (1 − decay)·h,
 
-    and after every ``every`` steps h ← t. The optimizer's state stays. The tortoise starts at the first weights
-    and is in ``state["tortoise"]`` by the names of the parameters, in float32 at least; `tortoise` gives it for
-    `torch.func.functional_call`.
+    and after every ``every`` steps h ← t. The running means and variances of batch normalisation are averaged and
+    fall back with the weights; the optimizer's state stays, both as in the authors' code (where ``every`` counts
+    epochs). The tortoise starts at the first weights and is in ``state["tortoise"]`` by the names of parameters
+    and buffers, in float32 at least; `tortoise` gives it for `torch.func.functional_call`.
 
     Args:
         decay: of the average, in [0, 1].
@@ -36,28 +37,40 @@ class HareAndTortoise(Intervention):
         self.state = {"steps": 0, "tortoise": {}}
 
     @property
-    def tortoise(self) -> dict[str, torch.Tensor]:
-        """The average of every parameter, by its name."""
+    def tortoise(self) -> dict[str, Tensor]:
+        """The average of every parameter and running statistic, by its name."""
         return dict(self.state["tortoise"])
 
     def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Put the tortoise beside the hare, once; parameters that come later join at their first start."""
         super().on_start(network, optimizer)
         average = self.state["tortoise"]
-        for name, parameter in trainable(network):
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
+        for name, tensor in _followed(network):
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
             stored = average.get(name)
-            if stored is None or stored.shape != parameter.shape:
-                stored = parameter.detach().clone()
-            average[name] = stored.to(parameter.device, dtype)
+            if stored is None or stored.shape != tensor.shape:
+                stored = tensor.detach().clone()
+            average[name] = stored.to(tensor.device, dtype)
 
     @torch.no_grad()
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Let the tortoise follow, and the hare fall back when it is time."""
         self.state["steps"] += 1
         back = self.state["steps"] % self.every == 0
-        for name, parameter in trainable(network):
+        for name, tensor in _followed(network):
             average = self.state["tortoise"][name]
-            average.add_((1.0 - per_replica(self.decay, average)) * (parameter - average))
+            average.add_((1.0 - per_replica(self.decay, average)) * (tensor - average))
             if back:
-                parameter.copy_(average)
+                tensor.copy_(average)
+
+
+def _followed(network: nn.Module) -> list[tuple[str, Tensor]]:
+    """What is averaged, by name: trainable parameters, and the statistics of batch normalisation."""
+    statistics = [
+        (f"{name}.{key}" if name else key, tensor)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for key, tensor in module.named_buffers(recurse=False)
+        if tensor.is_floating_point()
+    ]
+    return [*trainable(network), *statistics]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clagrange._checks import check_positive
+from clagrange.distributed import mean_over_processes, process_count, total_over_processes
 from clagrange.interventions.base import Intervention
 from clagrange.replicas import replicas_of
 
@@ -15,8 +16,9 @@ class InputNormalization(Intervention):
     """Feed the network (x − m)/√(v + ε), with m and v the mean and variance of every feature so far.
 
     The control that any claim about plasticity has to beat. Statistics of all inputs that the network saw in
-    training mode, each example with the same weight, are updated with a batch before it is normalised; labels
-    play no part. In evaluation mode they stay; before there are any, inputs pass unchanged.
+    training mode, each example with the same weight, are updated with a batch before it is normalised, in several
+    processes with the batches of all; labels play no part. In evaluation mode they stay; before there are any,
+    inputs pass unchanged.
 
     Args:
         eps: ε, in squared units of the inputs.
@@ -46,9 +48,8 @@ class InputNormalization(Intervention):
             self.state = {"count": 0, "mean": zeros, "variance": zeros.clone()}
         mean, variance = (self.state[name].to(inputs) for name in ("mean", "variance"))
         if update:
-            size = inputs.shape[batch_dim]
+            size, batch_mean, batch_variance = _moments(inputs, batch_dim)
             weight = size / (self.state["count"] + size)
-            batch_variance, batch_mean = torch.var_mean(inputs, batch_dim, correction=0)
             shift = batch_mean - mean
             variance = torch.lerp(variance, batch_variance, weight) + weight * (1.0 - weight) * shift.square()
             mean = mean + weight * shift
@@ -56,3 +57,15 @@ class InputNormalization(Intervention):
         scale = (variance + self.eps).rsqrt()
         normalised: Tensor = (inputs - mean.unsqueeze(batch_dim)) * scale.unsqueeze(batch_dim)
         return normalised
+
+
+def _moments(inputs: Tensor, batch_dim: int) -> tuple[int, Tensor, Tensor]:
+    """Size, mean and variance of a batch; of those of all processes together."""
+    size = inputs.shape[batch_dim]
+    variance, mean = torch.var_mean(inputs, batch_dim, correction=0)
+    if process_count() == 1:
+        return size, mean, variance
+    (total,) = total_over_processes([size], inputs.device)
+    share = size * process_count() / total
+    joint = mean_over_processes(share * mean)
+    return total, joint, mean_over_processes(share * (variance + (mean - joint).square()))

@@ -1,7 +1,6 @@
 """IVON of the package ivon-opt in a study: an optimizer for any training loop, and the drawing of its weights."""
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch.optim import Optimizer
 from clagrange._checks import Number, check_fraction, check_nonnegative, check_positive, check_replicas
 from clagrange.interventions import Intervention
 from clagrange.replicas import Generators, generator_of
+from clagrange.study.extras import extra_module
+from clagrange.study.one_by_one import of_replica
 
 _NUMBERS = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay")
 
@@ -57,7 +58,7 @@ class IVON(Optimizer):
         beta2: Number = 0.99999,
         weight_decay: Number = 1e-4,
     ) -> None:
-        package = installed_package()
+        package = extra_module("ivon")
         numbers = dict(zip(_NUMBERS, (lr, ess, hess_init, beta1, beta2, weight_decay), strict=True))
         for name, check in (
             ("lr", check_nonnegative),
@@ -79,7 +80,7 @@ class IVON(Optimizer):
             for rows in zip(*(self._rows(parameter) for parameter in self._parameters), strict=True)
         ]
         self._optimizers = [
-            package.IVON(copies, **{name: _of_replica(value, replica) for name, value in numbers.items()})
+            package.IVON(copies, **{name: of_replica(value, replica) for name, value in numbers.items()})
             for replica, copies in enumerate(self._copies)
         ]
         self._drawn: contextlib.ExitStack | None = None
@@ -126,7 +127,7 @@ class IVON(Optimizer):
         self._drawn = None
         for replica, (optimizer, copies) in enumerate(zip(self._optimizers, self._copies, strict=True)):
             for name in _NUMBERS:
-                optimizer.param_groups[0][name] = _of_replica(self.param_groups[0][name], replica)
+                optimizer.param_groups[0][name] = of_replica(self.param_groups[0][name], replica)
             optimizer.step()
             for copy, parameter in zip(copies, self._parameters, strict=True):
                 self._rows(parameter)[replica].copy_(copy)
@@ -167,25 +168,6 @@ class IVONSampling(Intervention):
                 optimizer.draw(self.generators)
 
         self._handles.append(network.register_forward_pre_hook(draw))
-
-
-def installed_package() -> Any:
-    """The module of ``ivon-opt``.
-
-    Raises:
-        ModuleNotFoundError: if it is not installed.
-    """
-    try:
-        return importlib.import_module("ivon")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "ivon: expected the package ivon-opt, which is not installed; pip install 'clagrange[ivon]' (its "
-            "licence is GPL-3.0)"
-        ) from error
-
-
-def _of_replica(value: Number, replica: int) -> float:
-    return float(value[replica]) if isinstance(value, Tensor) and value.dim() else float(value)
 
 
 @contextlib.contextmanager

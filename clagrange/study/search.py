@@ -17,7 +17,14 @@ from clagrange.study.document import Key, Problems, SettingsError, check_mapping
 from clagrange.study.engine import Run
 from clagrange.study.files import require_writable, write_json
 from clagrange.study.methods import METHODS, Method
-from clagrange.study.settings import StreamStudy, construct, read_seeds, read_stream, stream_methods
+from clagrange.study.settings import (
+    StreamStudy,
+    construct,
+    read_seeds,
+    read_stream,
+    stream_methods,
+    without_its_package,
+)
 from clagrange.tasks import TaskStream
 
 MOST_REPLICAS = 48
@@ -103,12 +110,17 @@ class Search:
     methods: dict[str, dict[str, MethodSearch]]
 
 
-def load_search(source: str | Path) -> Search:
+def load_search(source: str | Path, *, left_out: Callable[[str], None] | None = None) -> Search:
     """Read a search file.
 
     A method's entry holds ranges, ``lr: {log: [1e-3, 1e-1]}``, ``{uniform: [0, 1]}`` or
     ``{choice: [0.9, 0.99]}``, and fixed settings; or a list of such entries, between which the trials are
     shared out. ``trials`` settings are spread over the ranges, then ``refinements`` more around the best.
+
+    Args:
+        source: a path, or the name of a search that comes with the package.
+        left_out: leave out methods whose package is not installed, and tell this function why; default: they
+            are an error.
 
     Raises:
         SettingsError: with a line for each problem, which names file and line, the setting, what was expected,
@@ -140,21 +152,32 @@ def load_search(source: str | Path) -> Search:
             message = f"expected a whole number of at least {least}, got {tree[name]!r}"
             problems.note(SettingsError(message, (name,)))
             tree[name] = least
-    streams, methods = {}, {}
+    streams: dict[str, StreamStudy] = {}
+    methods: dict[str, dict[str, MethodSearch]] = {}
     for name, body in tree["streams"].items():
         study = read_stream(problems, name, body, kept=())
-        methods[name] = {
-            label: _method_search(problems, ("streams", name, "methods", label), label, entry, tree["trials"])
-            for label, entry in (body["methods"].items() if stream_methods(body) else ())
-        }
+        methods[name] = {}
+        for label, entry in body["methods"].items() if stream_methods(body) else ():
+            where = ("streams", name, "methods", label)
+            method = _method_search(problems, where, label, entry, tree["trials"], left_out)
+            if method is not None:
+                methods[name][label] = method
         if study is not None:
             streams[name] = study
     problems.raise_any()
     return Search(seeds, tree["trials"], tree["refinements"], tree["study"], streams, methods)
 
 
-def _method_search(problems: Problems, key: Key, label: str, entry: Any, trials: int) -> MethodSearch:
-    """The search of a method; what is wrong with it is noted."""
+def _method_search(
+    problems: Problems,
+    key: Key,
+    label: str,
+    entry: Any,
+    trials: int,
+    left_out: Callable[[str], None] | None = None,
+) -> MethodSearch | None:
+    """The search of a method; what is wrong with it is noted. None where it is left out."""
+    reasons: list[str] = []
     kinds, spaces = set(), []
     alternatives = entry if isinstance(entry, list) else [entry]
     with problems.caught():
@@ -173,13 +196,16 @@ def _method_search(problems: Problems, key: Key, label: str, entry: Any, trials:
                         ranges[name] = _dimension((*where, str(name)), value)
             fixed = {name: value for name, value in values.items() if not isinstance(value, dict)}
             spaces.append(Space(fixed, ranges))
-            with problems.caught():
+            with problems.caught(), without_its_package(reasons.append if left_out else None):
                 for settings in spaces[-1].points(trials, seed=place):
                     construct(METHODS, kind, settings, where)
         if len(kinds) != 1:
             raise SettingsError(
                 f"expected alternatives of one kind, got {', '.join(sorted(map(str, kinds)))}", key
             )
+    if reasons and left_out is not None:
+        left_out(reasons[0])
+        return None
     return MethodSearch(next(iter(kinds), label), tuple(spaces))
 
 

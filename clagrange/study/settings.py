@@ -1,11 +1,12 @@
 """Study files: what to run, read from YAML, overridden, checked, and written out again in full."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -296,16 +297,11 @@ def _read_methods(
         if label not in kept:
             continue
         where, entry = (*key, "methods", label), body["methods"][label]
-        try:
+        with problems.caught(), without_its_package(left_out):
             if not isinstance(entry, dict):
                 raise SettingsError(f"expected settings, got {entry!r}", where)
             values = dict(entry)
             methods[label] = construct(METHODS, values.pop("kind", label), values, where)
-        except SettingsError as error:
-            if left_out is None or not isinstance(error.__cause__, ModuleNotFoundError):
-                problems.note(error)
-            else:
-                left_out(str(error))
     return methods
 
 
@@ -344,6 +340,17 @@ def _read_task_stream(
     stream = construct(STREAMS, kind, settings, where)
     resolved = {name: getattr(stream, name) for name in parameters(STREAMS[kind]) if name != "seed"}
     return kind, resolved, network
+
+
+@contextlib.contextmanager
+def without_its_package(left_out: Callable[[str], None] | None) -> Iterator[None]:
+    """Tell ``left_out``, where there is one, of a method whose package is not installed, and go on."""
+    try:
+        yield
+    except SettingsError as error:
+        if left_out is None or not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        left_out(str(error))
 
 
 def preset_of(kind: Any, name: Any, key: Key) -> Preset:

@@ -398,6 +398,7 @@ def test_the_table_covers_every_intervention() -> None:
         ("GradedContinualBackprop", {"rate": 1.5}, ValueError, r"rate: expected a number in \[0, 1\], got 1\.5"),
         ("GradedContinualBackprop", {"every": 0}, ValueError, r"every: expected a whole number of at least 1"),
         ("GradedContinualBackprop", {"steepness": -1.0}, ValueError, r"steepness: "),
+        ("GradedContinualBackprop", {"threshold": "low"}, TypeError, r"threshold: expected a number"),
         ("GradedContinualBackprop", {"decay": 1.0}, ValueError, r"decay: "),
         ("LastLayerReset", {"every": 0}, ValueError, r"every: expected a whole number of at least 1"),
         ("LastLayerReset", {"forget": "all"}, ValueError, r"forget: "),

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import assert_same_tensors, batch, mlp
+from test_two_processes import METHODS as UNIT_METHODS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,13 +27,26 @@ METHODS: dict[str, Callable[[], Intervention]] = {
     "spectral": lambda: interventions.SpectralRegularization(0.01),
     "normalize_and_project": lambda: interventions.NormalizeAndProject(),
     "soft_reset": lambda: interventions.SoftReset(0.1),
+    "input_normalization": interventions.InputNormalization,
+    "consolidation": interventions.Consolidation,
     "injection": lambda: interventions.VarianceInjection(0.5, 0.5, over=3, where="low_utility"),
     "cusum": lambda: interventions.FullReset(detector=interventions.CUSUM(**OFTEN)),
+    "page_hinkley": lambda: interventions.FullReset(
+        detector=interventions.PageHinkley(threshold=0.05, drift=0.0, warm_up=1)
+    ),
     "energy": lambda: interventions.VarianceInjection(0.5, detector=interventions.EnergyJump(**OFTEN)),
     "surprise": lambda: interventions.VarianceInjection(
         0.5, detector=interventions.PredictiveSurprise(**OFTEN, samples=2)
     ),
 }
+
+
+def test_every_intervention_is_tried_in_two_processes() -> None:
+    public = {
+        name for name in interventions.__all__ if issubclass(getattr(interventions, name), Intervention)
+    } - {"Intervention"}
+    tried = {type(make()).__name__ for make in METHODS.values()} | {name for name, _ in UNIT_METHODS.values()}
+    assert public == tried
 
 
 def run(name: str, rank: int | None) -> tuple[dict[str, Any], dict[str, Any]]:

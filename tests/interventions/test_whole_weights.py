@@ -31,6 +31,20 @@ def test_the_tortoise_averages_and_the_hare_falls_back() -> None:
         torch.testing.assert_close(net[0].weight.detach(), tortoise if step in (2, 5) else hare)
 
 
+def test_running_statistics_are_averaged_and_fall_back_with_the_weights() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).double()
+    method = HareAndTortoise(decay=0.5, every=2)
+    method.on_start(net, sgd(net))
+    assert "1.running_var" in method.tortoise
+    with torch.no_grad():
+        net[1].running_mean.fill_(8.0)
+    method.on_step(net, sgd(net))
+    assert float(net[1].running_mean[0]) == 8.0
+    method.on_step(net, sgd(net))
+    torch.testing.assert_close(net[1].running_mean, torch.full((4,), 6.0, dtype=torch.float64))  # 0, 4, 6
+    assert int(net[1].num_batches_tracked) == 0
+
+
 def test_the_tortoise_counts_in_float32_below_half_precision() -> None:
     """In bfloat16 steps of 1e-4 of a weight would be lost."""
     layer = nn.Linear(1, 1).bfloat16()
@@ -99,19 +113,34 @@ def test_norms_of_weights_stay() -> None:
     add_layer_norm(net)
     optimizer = sgd(net, lr=0.5)
     method.on_start(net, optimizer)
-    layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    *layers, head = [module for module in net.modules() if isinstance(module, nn.Linear)]
     norm = next(module for module in net.modules() if isinstance(module, nn.LayerNorm))
     before = [layer.weight.detach().norm() for layer in layers]
+    head_before = float(head.weight.detach().norm())
     for step in range(20):
         step_with(net, optimizer, method, *batch(step))
     for layer, first in zip(layers, before, strict=True):
         torch.testing.assert_close(layer.weight.detach().norm(), first)
+    assert abs(float(head.weight.detach().norm()) / head_before - 1) > 0.02  # what it makes is not normalised
     assert float(norm.weight.square().sum().detach() + norm.bias.square().sum().detach()) == pytest.approx(6.0)
     assert float(norm.bias.detach().norm()) > 0.01
     free = package_mlp(5, [6, 4], 3).double()
     add_layer_norm(free)
     train(free, sgd(free, lr=0.5), range(20))
     assert float(free[1].weight.detach().norm()) > 1.02 * float(before[0])
+
+
+def test_layers_to_project_may_be_named() -> None:
+    net, method = mlp(), NormalizeAndProject(layers=["4"])
+    optimizer = sgd(net)
+    method.on_start(net, optimizer)
+    with torch.no_grad():
+        for layer in (net[0], net[4]):
+            layer.weight.mul_(3.0)
+    norms = [layer.weight.detach().norm() for layer in (net[0], net[4])]
+    method.on_step(net, optimizer)
+    torch.testing.assert_close(net[0].weight.detach().norm(), norms[0])
+    torch.testing.assert_close(net[4].weight.detach().norm(), norms[1] / 3)
 
 
 def test_projection_after_so_many_steps_changes_no_direction() -> None:

@@ -1,4 +1,4 @@
-"""The two strategies: in full runs, resumed, with growing heads, and with bad arguments."""
+"""The strategies: in full runs, resumed, with growing heads, and with bad arguments."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.logging import InteractiveLogger, TensorboardLogger, TextLogger
-from avalanche_runs import continual_backprop, euler_lagrange, evaluator, small_benchmark, small_stream
+from avalanche_runs import continual_backprop, euler_lagrange, evaluator, naive, small_benchmark, small_stream
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -158,6 +158,54 @@ def test_a_network_that_is_gaussian_already_keeps_its_settings() -> None:
     euler_lagrange(net, prior_variance=1.0)
     assert float(net[1].weight_precision.prior_precision) == 64 / 2 / 0.125
     assert type(net[3]) is nn.Linear
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    "ContinualBackprop": {"replacement_rate": 0.05, "maturity": 2},
+    "L2Init": {"strength": 0.1},
+    "ReDo": {"threshold": 0.6, "every": 5},
+    "SelfNormalizedResets": {"rejection": 0.1, "longest": 6},
+    "ShrinkAndPerturb": {"shrink": 0.5, "noise": 0.1, "every": "switch"},
+    "UPGD": {"lr": 0.05, "noise": 0.2, "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_strategy_is_its_method_and_changes_what_is_learnt(name: str) -> None:
+    settings = {**NAMED[name], "seed": 7}
+    if name == "L2Init":
+        settings.pop("seed")
+    frame = {"train_mb_size": 16, "eval_mb_size": 80, "evaluator": evaluator()}
+
+    def sgd(net: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(net.parameters(), lr=0.05)
+
+    def weights(make: Any) -> torch.Tensor:
+        net = cl.networks.mlp(64, [32], 10, seed=2)
+        strategy = make(net)
+        scenario = small_benchmark()
+        for experience in scenario.train_stream:
+            strategy.train(experience, shuffle=False)
+        strategy.eval(scenario.test_stream)
+        return nn.utils.parameters_to_vector(net.parameters()).detach()
+
+    if name == "UPGD":
+        named = weights(lambda net: cl.strategies.UPGD(model=net, **settings, **frame))
+        itself = weights(lambda net: naive(net, optimizer=cl.optim.UPGD(net.parameters(), **settings)))
+    else:
+        kind = getattr(cl.strategies, name)
+        plugin = cl.strategies.InterventionPlugin(getattr(cl.interventions, name)(**settings))
+        named = weights(lambda net: kind(model=net, optimizer=sgd(net), **settings, **frame))
+        itself = weights(lambda net: naive(net, optimizer=sgd(net), plugins=[plugin]))
+    assert torch.equal(named, itself)
+    assert not torch.equal(named, weights(naive))
+
+
+def test_a_setting_that_a_named_strategy_does_not_know_is_named() -> None:
+    net = cl.networks.mlp(64, [16], 10)
+    optimizer = torch.optim.SGD(net.parameters())
+    with pytest.raises(TypeError, match="treshold"):
+        cl.strategies.ReDo(model=net, optimizer=optimizer, treshold=0.1)
 
 
 @pytest.mark.parametrize(

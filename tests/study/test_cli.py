@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,9 +169,30 @@ def test_lists_are_complete_and_readable_by_programs(capsys):
     from clagrange.study.methods import METHODS
 
     assert main(["list", "methods", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)
+
+    def no_constant(text):
+        raise AssertionError(f"{text} is not JSON")
+
+    listed = json.loads(capsys.readouterr().out, parse_constant=no_constant)
     assert [entry["name"] for entry in listed] == list(METHODS)
     assert all(entry["summary"] and entry["source"] and "lr" in entry["parameters"] for entry in listed)
+    assert {entry["name"]: entry["extra"] for entry in listed if "extra" in entry} == {
+        "ivon": "ivon",
+        "soap": "second-order",
+        "shampoo": "second-order",
+    }
+    assert main(["list", "methods"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for entry in listed:
+        assert all(f"{name}=" in shown for name in entry["parameters"])
+        documented = "".join(kind.__doc__ or "" for kind in METHODS[entry["name"]].__mro__)
+        assert set(entry["parameters"]) == set(re.findall(r"^        (\w+): ", documented, re.M)) - {
+            "source",
+            "samples_weights",
+            "extra",
+        }
+    assert "every=null" in shown
+    assert "discount=.inf" in shown
     assert main(["list", "streams"]) == 0
     assert "permuted_mnist" in capsys.readouterr().out
     assert main(["list", "metrics"]) == 0

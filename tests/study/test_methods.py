@@ -1,6 +1,7 @@
 """The methods that a study compares: what each trains with, and what is measured at the mean."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from clagrange.cli import main
 from clagrange.gaussian import gaussian_layers
 from clagrange.study import engine
 from clagrange.study.engine import Run
+from clagrange.study.extras import EXTRAS
 from clagrange.study.ivon import IVON, IVONSampling
 from clagrange.study.methods import METHODS
 from clagrange.tasks import PermutedDigits
@@ -157,29 +159,34 @@ def test_ivon_without_a_draw_is_refused():
         optimizer.step()
 
 
-def test_without_its_package_ivon_is_left_out_and_refused_where_it_is_asked_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ivon", None)
-    with pytest.raises(ModuleNotFoundError, match=r"ivon-opt.*pip install 'clagrange\[ivon\]'"):
-        METHODS["ivon"]()
-    methods = {"sgd": {}, "ivon": {}}
+@pytest.mark.parametrize(("name", "extra"), [(name, kind.extra) for name, kind in METHODS.items() if kind.extra])
+def test_without_its_package_a_method_is_left_out_and_refused_where_it_is_asked_for(
+    name, extra, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, EXTRAS[extra].module, None)
+    remedy = f"pip install 'clagrange[{extra}]'"
+    with pytest.raises(ModuleNotFoundError, match=f"{EXTRAS[extra].package}.*{re.escape(remedy)}"):
+        METHODS[name]()
+    methods = {"sgd": {}, name: {}}
     study = {"seeds": 1, "streams": {"permuted_digits": {"stream": {"tasks": 1}, "methods": methods}}}
     config = tmp_path / "study.yaml"
     config.write_text(yaml.safe_dump(study))
     out = tmp_path / "out"
     command = ["compare", str(config), "--out", str(out), "--workers", "1"]
-    assert main([*command, "--methods", "sgd,ivon"]) == 2
+    assert main([*command, "--methods", f"sgd,{name}"]) == 2
     error = capsys.readouterr().err
-    assert "permuted_digits.methods.ivon: " in error
-    assert "pip install 'clagrange[ivon]'" in error
+    assert f"permuted_digits.methods.{name}: " in error
+    assert remedy in error
     assert error.count("\n") == 1
     assert not out.exists()
     assert main(command) == 0
     error = capsys.readouterr().err
-    assert "left out: streams.permuted_digits.methods.ivon: " in error
-    assert "pip install 'clagrange[ivon]'" in error
+    assert f"left out: streams.permuted_digits.methods.{name}: " in error
+    assert remedy in error
     summary = json.loads((out / "summary.json").read_text())
     assert [method["name"] for method in summary["streams"][0]["methods"]] == ["sgd"]
     assert main(["list", "methods"]) == 0
+    assert f"needs {remedy}" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- drawn weights

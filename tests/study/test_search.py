@@ -1,6 +1,7 @@
 """The search: equal trials, other seeds than the study, resumable, and the source of the demo's settings."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,15 @@ def test_the_stored_trials_are_those_of_the_search():
         for label, entry in body["methods"].items():
             first = [settings for _, settings in search.methods[name][label].first_round(search.trials)]
             assert [trial["settings"] for trial in entry["trials"]][: search.trials] == first
+
+
+def test_methods_without_their_package_are_left_out_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    path = write(tmp_path / "search.yaml", changed(lr=0.1, kind="soap"))
+    with pytest.raises(SettingsError, match=r"methods\.sgd: .*pip install 'clagrange\[second-order\]'"):
+        load_search(path)
+    reasons = []
+    search = load_search(path, left_out=reasons.append)
+    assert list(search.methods["permuted_digits"]) == ["l2_init"]
+    assert len(reasons) == 1
+    assert "pytorch-optimizer" in reasons[0]
