@@ -83,8 +83,8 @@ def test_unusual_scores(scores, expected):
 
 
 def test_profile_counts_runs_and_its_band_is_the_stratified_bootstrap():
-    scores = np.array([[0.1, 0.5], [0.2, 0.6], [0.4, 0.9]])
-    taus = [0.0, 0.15, 0.2, 0.55, 2.0]
+    scores = np.array([[0.1, 0.1], [0.2, 0.25], [0.4, 0.9]])
+    taus = [0.0, 0.15, 0.2, 0.3, 2.0]
     share, low, high = performance_profile(scores, taus)
     runs = scores.reshape(-1)
     np.testing.assert_allclose(share, [sum(run > tau for run in runs) / 6 for tau in taus])
