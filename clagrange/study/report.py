@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clagrange.study.comparison import OWN_METHODS, best, judged_by_loss, own_best
 from clagrange.study.files import replacing
 from clagrange.study.plots import write_plots
 from clagrange.study.results import METRICS, MethodResult
@@ -13,18 +14,13 @@ from clagrange.study.statistics import Interval, paired_difference
 from clagrange.study.summary import (
     COLUMNS,
     FORGETTING,
-    best,
     columns,
     forgetting_rows,
     heading,
-    judged_by_loss,
     number,
     rows,
     spread,
 )
-
-OWN_METHODS = "euler_lagrange"
-"""Methods whose names begin so are Euler-Lagrange methods."""
 
 _PICTURES = {
     "accuracy.png": "Online accuracy (the loss, where targets are numbers) over the tasks of each stream.",
@@ -88,12 +84,6 @@ def write_report(
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
-
-
-def own_best(stream: Mapping[str, Any]) -> str | None:
-    """Name of the Euler-Lagrange method with the best mean in a stream; None without any."""
-    own = [method for method in stream["methods"] if method["name"].startswith(OWN_METHODS)]
-    return best({**stream, "methods": own})
 
 
 def comparisons(stream: Mapping[str, Any], results: Sequence[MethodResult]) -> dict[str, Interval | None]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from clagrange.study.files import FileProblem
+from clagrange.study.plots import INK
 
 POINTS = 0.01
 """A trial is good whose accuracy is within this of the method's best."""
@@ -164,7 +165,7 @@ def _is_number(value: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ picture
 _SHOWN_POINTS = 0.15
 """Accuracies further than this below the best are drawn at the lower edge."""
-_GOOD, _OTHER, _INK = "#117733", "#8a8a8a", "#333333"
+_GOOD, _OTHER = "#117733", "#8a8a8a"
 _PANEL = (2.3, 2.0)
 """Width and height, in inches, of a panel with what belongs to it."""
 _LEFT, _TOP = 0.55, 0.5
@@ -203,13 +204,13 @@ def sensitivity_figure(methods: Sequence[MethodTrials], *, title: str) -> Any:
     for (line, column), (variant, of_variant) in zip(places, rows.items(), strict=True):
         top, left = height - _TOP - line * _PANEL[1], _LEFT + column * _PANEL[0]
         figure.text(
-            (left - 0.4) / width, top / height, variant, fontsize=10.5, fontweight="bold", color=_INK, va="top"
+            (left - 0.4) / width, top / height, variant, fontsize=10.5, fontweight="bold", color=INK, va="top"
         )
         for at, (method, setting) in enumerate(of_variant):
             corner = ((left + at * _PANEL[0]) / width, (top - _PANEL[1] + 0.4) / height)
             size = ((_PANEL[0] - 0.55) / width, (_PANEL[1] - 0.85) / height)
             _draw_setting(figure.add_axes((*corner, *size)), method, setting)
-    figure.text(0.15 / width, 1 - 0.12 / height, title, fontsize=10, color=_INK, va="top")
+    figure.text(0.15 / width, 1 - 0.12 / height, title, fontsize=10, color=INK, va="top")
     return figure
 
 
@@ -254,8 +255,8 @@ def _draw_setting(panel: Any, method: MethodTrials, setting: Sensitivity) -> Non
         panel.xaxis.set_major_locator(MaxNLocator(4))
     edges = sorted((scale * (floor - 0.06 * reach), scale * (method.best + 0.1 * reach)))
     panel.set_ylim(*(edges[::-1] if by_loss else edges))
-    panel.set_title(setting.setting, loc="left", fontsize=10, color=_INK, pad=3)
-    panel.tick_params(which="both", labelsize=8.5, colors=_INK, length=2.5)
+    panel.set_title(setting.setting, loc="left", fontsize=10, color=INK, pad=3)
+    panel.tick_params(which="both", labelsize=8.5, colors=INK, length=2.5)
     panel.grid(axis="y", color="#e3e3e3", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

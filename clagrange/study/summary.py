@@ -18,6 +18,9 @@ from rich.text import Text
 
 import clagrange
 from clagrange.metrics.forgetting import average_accuracy, backward_transfer, forgetting, forward_transfer
+from clagrange.metrics.plasticity import plasticity_slope
+from clagrange.study.aggregates import interquartile_interval
+from clagrange.study.comparison import best, compare, compare_streams, judged_by_loss
 from clagrange.study.files import replacing
 from clagrange.study.results import MethodResult
 from clagrange.study.statistics import interval, tenths
@@ -77,18 +80,22 @@ def summarize(
     environment: Mapping[str, object],
     planned: Mapping[str, Sequence[str]] | None = None,
     tasks: Mapping[str, int] | None = None,
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """The study in the form of `summary.json`, strictly JSON: null where there is no number, never NaN.
 
     ``{"schema": 1, "status", "environment", "streams": [{"name", "tasks", "measure", "methods": [{"name",
-    "told_of_switches", "seeds": [...], "online_accuracy": {"mean", "low", "high"}, "loss": {...}, "first_tenth",
-    "last_tenth", "change": {"mean", "low", "high"}, "model_steps_per_second", "seconds", "diverged",
-    "average_accuracy": {...}, "forgetting": {...}, "backward_transfer": {...}, "forward_transfer": {...}}]}]}``
+    "told_of_switches", "seeds": [...], "online_accuracy": {"mean", "low", "high"}, "loss": {...}, "by_seed":
+    [...], "interquartile_mean": {...}, "first_tenth", "last_tenth", "change": {...}, "slope": {...},
+    "model_steps_per_second", "seconds", "diverged", "average_accuracy": {...}, "forgetting": {...},
+    "backward_transfer": {...}, "forward_transfer": {...}}], "comparisons": {...}}], "all_streams": {...}}``
 
     ``measure`` says what methods are judged by, the "online_accuracy", or the "loss" where targets are numbers;
-    the tenths and their change are of that. Accuracies are fractions, means over seeds; ``change`` is the last
-    minus the first tenth, paired by seed; ``diverged`` is a number of seeds. What is null has no number: the last
-    four without test examples, everything of a method that has no result, or fewer tasks than planned.
+    ``by_seed``, the interquartile mean, the tenths, their change and the slope are of that. Accuracies are
+    fractions, means over seeds; ``change`` is the last minus the first tenth, paired by seed; ``slope`` is per
+    task, fitted by least squares to each seed; ``diverged`` is a number of seeds. ``comparisons`` are those of
+    `compare`, ``all_streams`` those of `compare_streams`. What is null has no number: the last four of a method
+    without test examples, everything of a method that has no result, or fewer tasks than planned.
 
     Args:
         results: in the order of the study.
@@ -96,6 +103,7 @@ def summarize(
         environment: what `environment` gave.
         planned: names of the methods of each stream; by default those with a result.
         tasks: number of tasks of each stream; by default the largest among its results.
+        reference: the method that the others are compared with; default: the best Euler-Lagrange method.
 
     Raises:
         ValueError: if a method has two results on a stream.
@@ -122,8 +130,15 @@ def summarize(
         names = dict.fromkeys([*planned.get(stream, ()), *found])
         measure = next((result.measure for result in found.values()), "online_accuracy")
         judged = [_method(name, found.get(name), total, measure) for name in names]
-        streams.append({"name": stream, "tasks": total, "measure": measure, "methods": judged})
-    return {"schema": SCHEMA, "status": status, "environment": dict(environment), "streams": streams}
+        summarized = {"name": stream, "tasks": total, "measure": measure, "methods": judged}
+        streams.append({**summarized, "comparisons": compare(summarized, reference)})
+    return {
+        "schema": SCHEMA,
+        "status": status,
+        "environment": dict(environment),
+        "streams": streams,
+        "all_streams": compare_streams(streams, reference),
+    }
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> Path:
@@ -189,23 +204,6 @@ def forgetting_rows(stream: Mapping[str, Any]) -> list[list[str]]:
         for method in stream["methods"]
         if method.get("average_accuracy", _NO_INTERVAL)["mean"] is not None
     ]
-
-
-def judged_by_loss(stream: Mapping[str, Any]) -> bool:
-    """Whether less is better on a stream."""
-    return stream.get("measure") == "loss"  # older summaries know accuracies only
-
-
-def best(stream: Mapping[str, Any]) -> str | None:
-    """Name of the method with the best mean; the first of equals, None without any."""
-    means: dict[str, float | None] = {
-        m["name"]: m["loss" if judged_by_loss(stream) else "online_accuracy"]["mean"] for m in stream["methods"]
-    }
-    finished = {name: mean for name, mean in means.items() if mean is not None}
-    if not finished:
-        return None
-    ranked = sorted(finished, key=finished.__getitem__, reverse=not judged_by_loss(stream))
-    return ranked[0]
 
 
 def table(summary: Mapping[str, Any], console: Console) -> None:
@@ -360,14 +358,18 @@ def _method(name: str, result: MethodResult | None, tasks: int | None, measure: 
             "seeds": [],
             "online_accuracy": dict(_NO_INTERVAL),
             "loss": dict(_NO_INTERVAL),
+            "by_seed": [],
+            "interquartile_mean": dict(_NO_INTERVAL),
             "first_tenth": None,
             "last_tenth": None,
             "change": dict(_NO_INTERVAL),
+            "slope": dict(_NO_INTERVAL),
             "model_steps_per_second": None,
             "seconds": None,
             "diverged": None,
             **{key: dict(_NO_INTERVAL) for key in FORGETTING},
         }
+    by_seed = result.metrics[measure].mean(1)
     first, last = tenths(result.metrics[measure])
     seconds = float(result.seconds) if math.isfinite(result.seconds) else None
     with np.errstate(invalid="ignore"):  # of losses that are not finite
@@ -378,14 +380,24 @@ def _method(name: str, result: MethodResult | None, tasks: int | None, measure: 
         "seeds": list(result.seeds),
         "online_accuracy": interval(result.metrics["online_accuracy"].mean(1)).as_dict(),
         "loss": interval(result.metrics["loss"].mean(1)).as_dict(),
+        "by_seed": [float(score) if math.isfinite(score) else None for score in by_seed],
+        "interquartile_mean": interquartile_interval(by_seed).as_dict(),
         "first_tenth": interval(first).mean,
         "last_tenth": interval(last).mean,
         "change": interval(change).as_dict(),
+        "slope": _slope(result.metrics[measure]),
         "model_steps_per_second": result.steps * len(result.seeds) / seconds if seconds else None,
         "seconds": seconds,
         "diverged": sum(bool(seed) for seed in result.diverged),
         **_forgetting(result),
     }
+
+
+def _slope(curves: np.ndarray) -> dict[str, float | None]:
+    """Slope per task of the curves (seeds, tasks), with its interval over seeds."""
+    if curves.shape[1] < 2:
+        return dict(_NO_INTERVAL)
+    return interval(plasticity_slope(torch.from_numpy(curves)).slope.numpy()).as_dict()
 
 
 def _forgetting(result: MethodResult) -> dict[str, dict[str, float | None]]:
