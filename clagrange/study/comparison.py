@@ -101,7 +101,9 @@ def compare_streams(streams: Sequence[Mapping[str, Any]], reference: str | None 
     if len(chosen) < 2:
         return None
     found: dict[str, list[Array]] = {}
-    seeds = next((method["seeds"] for stream in chosen for method in stream["methods"] if method["seeds"]), [])
+    seeds: list[int] = next(
+        (method["seeds"] for stream in chosen for method in stream["methods"] if method["seeds"]), []
+    )
     for stream in chosen:
         for method in stream["methods"]:
             scores = _by_seed(method)

@@ -100,7 +100,8 @@ def improvement_figure(results: Sequence[MethodResult]) -> Any:
     for panel in grid[len(finite) :]:
         panel.set_visible(False)
     for panel, (stream, scores) in zip(grid, finite.items(), strict=False):
-        order = sorted(scores, key=lambda method, of=scores: -float(of[method].mean()))
+        means = {method: float(of.mean()) for method, of in scores.items()}
+        order = sorted(means, key=means.__getitem__, reverse=True)
         shares = np.array([[100 * improvement(scores[a], scores[b]) for b in order] for a in order])
         shares = shares.reshape(len(order), len(order))
         np.fill_diagonal(shares, np.nan)

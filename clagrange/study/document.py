@@ -126,10 +126,10 @@ def _html_of(block: Block) -> str:
         case Points(items):
             return "<ul>\n" + "\n".join(f"<li>{say(item)}</li>" for item in items) + "\n</ul>"
         case Grid(header, rows, best):
-            head = "".join(f"<th>{say(name)}</th>" for name in header)
+            head = "".join(f"<th>{_breakable(name)}</th>" for name in header)
             lines = [
                 ('<tr class="best">' if best is not None and cells[0] == best else "<tr>")
-                + "".join(f"<td>{say(cell)}</td>" for cell in cells)
+                + "".join(f"<td>{_breakable(cell)}</td>" for cell in cells)
                 + "</tr>"
                 for cells in rows
             ]
@@ -148,6 +148,11 @@ def _html_of(block: Block) -> str:
         case Terms(meanings):
             listed = "\n".join(f"<dt>{say(name)}</dt><dd>{say(text)}</dd>" for name, text in meanings.items())
             return f"<dl>\n{listed}\n</dl>"
+
+
+def _breakable(text: str) -> str:
+    """Text whose long names may be broken after an underscore where there is no room."""
+    return html.escape(text).replace("_", "_<wbr>")
 
 
 def as_markdown(blocks: Sequence[Block], folder: Path) -> str:

@@ -21,7 +21,7 @@ from clagrange.metrics.forgetting import average_accuracy, backward_transfer, fo
 from clagrange.metrics.plasticity import plasticity_slope
 from clagrange.study.aggregates import interquartile_interval
 from clagrange.study.comparison import best, compare, compare_streams, judged_by_loss
-from clagrange.study.files import replacing
+from clagrange.study.files import FileProblem, replacing
 from clagrange.study.results import MethodResult
 from clagrange.study.statistics import interval, tenths
 
@@ -152,6 +152,23 @@ def write_summary(directory: Path, summary: Mapping[str, Any]) -> Path:
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """Read ``directory/summary.json``, also of an earlier version.
+
+    Raises:
+        FileProblem: if it is missing, damaged or foreign.
+    """
+    path = directory / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = summary["schema"] <= SCHEMA and isinstance(summary["streams"], list) and "environment" in summary
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileProblem(f"{path}: expected the summary of a study, got a damaged or foreign file") from error
+    if not known:
+        raise FileProblem(f"{path}: expected a summary of schema {SCHEMA}; it is from a later version")
+    return summary
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -397,7 +414,7 @@ def _slope(curves: np.ndarray) -> dict[str, float | None]:
     """Slope per task of the curves (seeds, tasks), with its interval over seeds."""
     if curves.shape[1] < 2:
         return dict(_NO_INTERVAL)
-    return interval(plasticity_slope(torch.from_numpy(curves)).slope.numpy()).as_dict()
+    return interval(plasticity_slope(torch.tensor(curves)).slope.numpy()).as_dict()
 
 
 def _forgetting(result: MethodResult) -> dict[str, dict[str, float | None]]:
