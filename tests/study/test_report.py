@@ -92,6 +92,22 @@ def summary(results):
     return summarize(results, status="interrupted", environment=environment(), planned=planned, tasks=tasks)
 
 
+@pytest.fixture(scope="module")
+def drawn(results, tmp_path_factory):
+    """A folder with the pictures of the results."""
+    folder = tmp_path_factory.mktemp("drawn")
+    write_plots(folder, results)
+    return folder
+
+
+@pytest.fixture
+def undrawn(tmp_path):
+    """A folder with a grey dot for each picture, for tests of what is written: drawing takes seconds."""
+    for name in PICTURES:
+        Image.new("L", (1, 1), 128).save(tmp_path / name)
+    return tmp_path
+
+
 def test_summary_has_the_documented_form(summary, tmp_path):
     path = write_summary(tmp_path, summary)
 
@@ -294,11 +310,12 @@ def test_labels_are_spread_in_order_and_stay_inside():
     assert spread_apart([0.1, 0.5, 0.9], gap=0.06) == [0.1, 0.5, 0.9]
 
 
-def test_plots_are_pictures_and_leave_no_global_state(results, tmp_path):
+def test_plots_are_pictures_and_leave_no_global_state(tmp_path):
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    paths = write_plots(tmp_path, results)
+    few = [fake("sgd", shape=(2, 3)), fake("adam", stream="labels", shape=(2, 3))]
+    paths = write_plots(tmp_path, few)
     assert paths == [tmp_path / name for name in (*PICTURES, "streams/digits.png", "streams/labels.png")]
     assert all(path.read_bytes().startswith(PNG) for path in paths)
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(paths)
@@ -333,7 +350,8 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def test_report_is_one_well_formed_page_without_references(summary, results, tmp_path):
+def test_report_is_one_well_formed_page_without_references(summary, results, drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
     path = write_report(tmp_path, summary, results, "methods:\n  evil: </pre><script>alert('x')</script>\n")
     source = path.read_text()
     page = Page(source)
@@ -353,8 +371,8 @@ def test_report_is_one_well_formed_page_without_references(summary, results, tmp
     assert {item.name for item in tmp_path.iterdir()} == names
 
 
-def test_report_says_the_numbers_of_the_summary(summary, results, tmp_path):
-    write_report(tmp_path, summary, results, "seeds: 4\n")
+def test_report_says_the_numbers_of_the_summary(summary, results, undrawn):
+    write_report(undrawn, summary, results, "seeds: 4\n")
     stream = summary["streams"][0]
     (adam,) = (method for method in stream["methods"] if method["name"] == "adam")
     (against,) = (method for method in stream["comparisons"]["methods"] if method["name"] == "adam")
@@ -364,8 +382,8 @@ def test_report_says_the_numbers_of_the_summary(summary, results, tmp_path):
     difference = f"{100 * against['difference']['mean']:+.1f} ["
     assert against["p"] == 2 / 2**SEEDS
     for text in (
-        "".join(Page((tmp_path / "report.html").read_text()).text),
-        (tmp_path / "report.md").read_text(),
+        "".join(Page((undrawn / "report.html").read_text()).text),
+        (undrawn / "report.md").read_text(),
     ):
         assert middle in text
         assert slope in text
@@ -377,15 +395,15 @@ def test_report_says_the_numbers_of_the_summary(summary, results, tmp_path):
         )
         assert "seeds: 4" in text
         assert summary["environment"]["torch"] in text
-    markdown_text = (tmp_path / "report.md").read_text()
+    markdown_text = (undrawn / "report.md").read_text()
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", markdown_text)
     assert pictures == list(PICTURES)
 
 
-def test_report_in_latex_is_balanced_and_escaped(summary, results, tmp_path):
+def test_report_in_latex_is_balanced_and_escaped(results, undrawn):
     odd = [dataclasses.replace(result, method=result.method + "%&$#") for result in results[:3]]
-    write_report(tmp_path, summarize(odd, status="complete", environment={}), odd, "")
-    text = (tmp_path / "report.tex").read_text()
+    write_report(undrawn, summarize(odd, status="complete", environment={}), odd, "")
+    text = (undrawn / "report.tex").read_text()
     assert r"\textbf{continual\_backprop\%\&\$\#} & " in text
     assert len(re.findall(r"\\begin\{table\}", text)) == 2
     plain = re.sub(r"\\[\\&%$#_{}]", "", text)  # without what is escaped
@@ -436,31 +454,31 @@ def test_report_of_the_stored_summaries(name, tmp_path):
         read_summary(tmp_path)
 
 
-def test_report_shows_the_searches_of_its_streams(results, tmp_path):
+def test_report_shows_the_searches_of_its_streams(results, undrawn):
     trials = [{"settings": {"lr": lr}, "online_accuracy": score} for lr, score in ((0.1, 0.8), (1.0, 0.5))]
     searches = {
         "digits": [method_trials("sgd", trials, first_round=2)],
         "elsewhere": [method_trials("adam", trials, first_round=2)],
     }
-    path = write_report(tmp_path, summarize(results, status="complete", environment={}), results, "", searches)
+    path = write_report(undrawn, summarize(results, status="complete", environment={}), results, "", searches)
     page = Page(path.read_text())
     text = "".join(page.text)
     assert "Sensitivity to settings: digits" in text
     assert "elsewhere" not in text
     assert "1 of 2" in text
     assert "0.1 to 1" in text
-    assert (tmp_path / "sensitivity" / "digits.png").read_bytes().startswith(PNG)
+    assert (undrawn / "sensitivity" / "digits.png").read_bytes().startswith(PNG)
     assert len(page.references) == len(PICTURES) + 1
 
 
-def test_report_of_several_streams_judges_them_together(tmp_path):
+def test_report_of_several_streams_judges_them_together(undrawn):
     pair = [
         fake(method, stream=stream, start=start)
         for stream in ("a", "b")
         for method, start in (("sgd", 0.5), ("euler_lagrange", 0.9))
     ]
     summary = summarize(pair, status="complete", environment={})
-    text = write_report(tmp_path, summary, pair, "").with_suffix(".md").read_text()
+    text = write_report(undrawn, summary, pair, "").with_suffix(".md").read_text()
     assert "## All streams together" in text
     assert "8 pairs of runs allow no p below .008, and no corrected p below .008 with 1 comparisons." in text
     assert "by seed and stream" in text
@@ -479,10 +497,10 @@ def test_report_can_be_shown_by_a_browser(summary, results, tmp_path):
         assert np.asarray(shown.convert("L")).std() > 10
 
 
-def test_report_escapes_names(tmp_path):
+def test_report_escapes_names(undrawn):
     odd = [fake("euler_lagrange<b>", stream="<i>digits"), fake("a&b", stream="<i>digits")]
     summary = summarize(odd, status="<u>", environment={"<s>": "<em>"})
-    source = write_report(tmp_path, summary, odd, "").read_text()
+    source = write_report(undrawn, summary, odd, "").read_text()
     for tag in ("<b>", "<i>", "<u>", "<s>", "<em>"):
         assert tag not in source
     assert "a&amp;b" in source
@@ -551,7 +569,7 @@ def by_loss(method, slope, **settings):
     return result
 
 
-def test_where_targets_are_numbers_less_loss_is_better(tmp_path):
+def test_where_targets_are_numbers_less_loss_is_better(undrawn):
     results = [by_loss("sgd", 0.2), by_loss("adam", 0.3), by_loss("euler_lagrange", -0.1)]
     summary = summarize(results, status="complete", environment={})
     stream = summary["streams"][0]
@@ -575,16 +593,15 @@ def test_where_targets_are_numbers_less_loss_is_better(tmp_path):
     assert "Lowest mean: euler_lagrange." in console.file.getvalue()
     assert "online" in accuracy_figure(results).axes[0].get_ylabel()
     assert "online loss" in accuracy_figure(results).axes[0].get_ylabel()
-    write_report(tmp_path, summary, results, "")
-    assert "online loss" in (tmp_path / "report.html").read_text()
+    assert "online loss" in write_report(undrawn, summary, results, "").read_text()
 
 
-def test_what_is_forgotten_has_a_table_and_survives_its_file(tmp_path):
+def test_what_is_forgotten_has_a_table_and_survives_its_file(undrawn):
     result = fake("sgd", shape=(2, 3))
     matrix = np.array([[[0.1] * 3, [1.0, 0.2, 0.1], [0.6, 0.8, 0.3], [0.4, 0.6, 0.9]]] * 2)
     result = dataclasses.replace(result, matrix=matrix)
-    result.write(tmp_path / "result.parquet")
-    again = MethodResult.read(tmp_path / "result.parquet")
+    result.write(undrawn / "result.parquet")
+    again = MethodResult.read(undrawn / "result.parquet")
     np.testing.assert_array_equal(again.matrix, matrix)
     for name in METRICS:
         np.testing.assert_array_equal(again.metrics[name], result.metrics[name])
@@ -599,7 +616,7 @@ def test_what_is_forgotten_has_a_table_and_survives_its_file(tmp_path):
     console = Console(file=io.StringIO(), width=120)
     table(summary, console)
     assert "63.3 [63.3, 63.3]" in console.file.getvalue()
-    page = write_report(tmp_path, summary, [again], "").read_text()
+    page = write_report(undrawn, summary, [again], "").read_text()
     assert "63.3 [63.3, 63.3]" in page
 
 
