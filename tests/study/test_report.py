@@ -93,10 +93,10 @@ def summary(results):
 
 
 @pytest.fixture(scope="module")
-def drawn(results, tmp_path_factory):
-    """A folder with the pictures of the results."""
+def drawn(tmp_path_factory):
+    """A folder with the pictures of a small study."""
     folder = tmp_path_factory.mktemp("drawn")
-    write_plots(folder, results)
+    write_plots(folder, [fake("sgd", shape=(2, 3)), fake("adam", shape=(2, 3))])
     return folder
 
 
