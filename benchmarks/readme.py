@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from clagrange.study.files import file_name
-from clagrange.study.report import findings
+from clagrange.study.findings import findings
 from clagrange.study.runner import Folder, stored_results
 from clagrange.study.summary import markdown
 

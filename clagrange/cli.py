@@ -55,7 +55,11 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("compare", compare, help="run a study")
 
     report = _Parser(description="Write table, plots and report again from stored results.")
-    report.add_argument("folder", type=str, help="the folder of a study")
+    report.add_argument("folder", type=str, help="the folder of a study, or the name of one in runs/")
+    report.add_argument("--reference", type=str, default=None, help="compare the other methods with this one")
+    report.add_argument(
+        "--search", type=str, default=None, help="files of tune, separated by commas: sensitivity"
+    )
     report.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     commands.add_subcommand("report", report, help="the report of a study again")
 
@@ -254,10 +258,14 @@ def _report(chosen: Namespace, console: Console) -> int:
     from clagrange.study.runner import Folder
     from clagrange.study.settings import SettingsError
 
-    folder = Folder(Path(chosen.folder))
-    if not folder.config.is_file():
-        raise SettingsError(f"folder: expected the folder of a study (with config.yaml), got {chosen.folder!r}")
-    write_output(folder, console=console, markdown=chosen.markdown)
+    found = [path for path in (Path(chosen.folder), Path("runs") / chosen.folder) if path.is_dir()]
+    folder = Folder(found[0] if found else Path(chosen.folder))
+    if not folder.config.is_file() and not (folder.path / "summary.json").is_file():
+        raise SettingsError(
+            f"folder: expected the folder of a study (with config.yaml or summary.json), got {chosen.folder!r}"
+        )
+    searches = [Path(name) for name in _names(chosen.search) or ()]
+    write_output(folder, console=console, markdown=chosen.markdown, reference=chosen.reference, searches=searches)
     return 0
 
 

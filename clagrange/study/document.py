@@ -1,246 +1,265 @@
-"""YAML files that know on which line each setting stands, and everything that is wrong with one."""
+"""A report as a list of blocks, and its forms: one self-contained HTML page, Markdown, LaTeX tables."""
 
-import contextlib
-import importlib.resources
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import base64
+import html
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+PICTURE_DOTS_PER_INCH = 150
+"""Of the pictures, from which the page takes the size at which their letters are readable."""
+_CSS_PIXELS_PER_INCH = 72
 
-from clagrange._checks import did_you_mean
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2rem auto;
+  padding: 0 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.8rem; line-height: 1.2; margin-bottom: 0.2rem; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; } h3 { margin-bottom: 0.4rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.6rem; text-align: right; border-bottom: 1px solid #e6e6e6; white-space: nowrap; }
+th { border-bottom: 2px solid #999; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+tr.best td { background: #eef5ff; font-weight: bold; }
+figure { margin: 1.5rem 0; } img { width: 100%; height: auto; display: block; }
+figcaption, .note { color: #555; font-size: 0.95rem; }
+.bad { color: #a11; font-weight: bold; }
+dt { font-weight: bold; } dd { margin: 0 0 0.4rem 1rem; }
+pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 0.85rem; }
+@media (max-width: 40rem) { body { margin: 1rem auto; } th:first-child, td:first-child { max-width: 9rem;
+  white-space: normal; } }
+"""
 
-Key = tuple[str, ...]
-"""Where a setting is: the keys from the top of the file to it."""
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading of level 1, 2 or 3."""
+
+    text: str
+    level: int = 2
 
 
-class SettingsError(ValueError):
-    """A study file, an override or an output folder that cannot be used; a line for each problem.
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; ``kind`` is "plain", "note" (less important) or "bad" (a warning)."""
 
-    Args:
-        message: what was expected, what came, and the remedy.
-        key: of the setting in its file; then the message begins with it.
+    text: str
+    kind: str = "plain"
+
+
+@dataclass(frozen=True)
+class Points:
+    """A list of sentences."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: texts below a header; the row that begins with ``best`` stands out.
+
+    ``caption`` and ``label`` are those of the LaTeX form; a table without a label is left out there.
     """
 
-    def __init__(self, message: str, key: Key | None = None) -> None:
-        super().__init__(message if not key else f"{'.'.join(key)}: {message}")
-        self.key = key
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: str | None = None
+    caption: str = ""
+    label: str = ""
 
 
-class Document:
-    """A parsed YAML file, its overrides applied.
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file beside the report."""
 
-    Aliases are copied, so that an override of one place leaves the others alone.
+    path: Path
+    caption: str
 
-    Attributes:
-        tree: mappings, lists and values.
-        name: the file as messages name it.
+
+@dataclass(frozen=True)
+class Code:
+    """Text to be shown as it is."""
+
+    text: str
+    language: str = ""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Names and what they mean."""
+
+    meanings: Mapping[str, str]
+
+
+Block = Heading | Text | Points | Grid | Picture | Code | Terms
+
+
+def as_html(title: str, blocks: Sequence[Block]) -> str:
+    """One page that needs no other file: pictures are embedded, and there is no script and no link.
+
+    Tables and pictures that are wider than the screen scroll by themselves, with readable letters.
 
     Example:
-        >>> document = Document("seeds: 2\\nstreams: {}", "study.yaml")
-        >>> document.override(["seeds=3"])
-        >>> document.tree["seeds"], document.place(("seeds",)), document.place(("streams",))
-        (3, "override 'seeds=3'", 'study.yaml:2')
+        >>> "<p>a &lt; b</p>" in as_html("report", [Text("a < b")])
+        True
     """
+    parts = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+        *map(_html_of, blocks),
+        "</body>\n</html>\n",
+    )
+    return "\n".join(parts)
 
-    def __init__(self, text: str, name: str) -> None:
-        self.name = name
-        self.tree, lines = _parsed(text, name)
-        self._places = {key: f"{name}:{line}" for key, line in lines.items()}
-        self.tree = _filled(self.tree)
 
-    def place(self, key: Key) -> str:
-        """The file and line, or the override, that a setting or the nearest one around it is from."""
-        while key not in self._places and key:
-            key = key[:-1]
-        return self._places.get(key, self.name)
-
-    def override(self, overrides: Sequence[str]) -> None:
-        """Set the values that ``key=value`` strings name by the end of their path.
-
-        Raises:
-            SettingsError: if the file has no such path, or the value is not YAML.
-        """
-        for item in overrides:
-            name, equals, text = item.partition("=")
-            if not equals or not name:
-                raise SettingsError(f"override {item!r}: expected key=value, as in tasks=10 or sgd.lr=0.1")
-            *parents, last = name.split(".")
-            nodes = list(_mappings(self.tree, ()))
-            chosen = [
-                (key, node)
-                for key, node in nodes
-                if (not parents or key[-len(parents) :] == tuple(parents)) and (last in node or parents)
+def _html_of(block: Block) -> str:
+    say = html.escape
+    match block:
+        case Heading(text, level):
+            return f"<h{level}>{say(text)}</h{level}>"
+        case Text(text, kind):
+            chosen = "" if kind == "plain" else f' class="{say(kind)}"'
+            return f"<p{chosen}>{say(text)}</p>"
+        case Points(items):
+            return "<ul>\n" + "\n".join(f"<li>{say(item)}</li>" for item in items) + "\n</ul>"
+        case Grid(header, rows, best):
+            head = "".join(f"<th>{_breakable(name)}</th>" for name in header)
+            lines = [
+                ('<tr class="best">' if best is not None and cells[0] == best else "<tr>")
+                + "".join(f"<td>{_breakable(cell)}</td>" for cell in cells)
+                + "</tr>"
+                for cells in rows
             ]
-            if not chosen:
-                known = sorted({str(entry) for _, node in nodes for entry in node})
-                raise SettingsError(
-                    f"override {item!r}: expected the end of a setting's path in {self.name}, got {name!r}"
-                    f"{did_you_mean(last, known) or did_you_mean(parents[0] if parents else last, known)}"
-                )
-            for key, node in chosen:
-                node[last] = _filled(_parsed(text, f"override {item!r}")[0])
-                within = (*key, last)
-                self._places = {k: v for k, v in self._places.items() if k[: len(within)] != within}
-                self._places[within] = f"override {item!r}"
+            return f'<div class="scroll"><table>\n<tr>{head}</tr>\n' + "\n".join(lines) + "\n</table></div>"
+        case Picture(path, caption):
+            content = path.read_bytes()
+            (pixels,) = struct.unpack(">I", content[16:20])  # a PNG's width
+            width = round(pixels / PICTURE_DOTS_PER_INCH * _CSS_PIXELS_PER_INCH)
+            data = base64.b64encode(content).decode("ascii")
+            return (
+                f'<figure><div class="scroll"><img alt="{say(caption)}" style="min-width: {width}px" '
+                f'src="data:image/png;base64,{data}"></div><figcaption>{say(caption)}</figcaption></figure>'
+            )
+        case Code(text):
+            return f"<pre>{say(text)}</pre>"
+        case Terms(meanings):
+            listed = "\n".join(f"<dt>{say(name)}</dt><dd>{say(text)}</dd>" for name, text in meanings.items())
+            return f"<dl>\n{listed}\n</dl>"
 
 
-class Problems:
-    """What is wrong with a document: all of it is gathered, then raised at once."""
-
-    def __init__(self, document: Document) -> None:
-        self.document = document
-        self._lines: dict[str, None] = {}
-
-    def note(self, error: SettingsError) -> None:
-        """Keep a problem, with its place in front."""
-        where = "" if error.key is None else f"{self.document.place(error.key)}: "
-        self._lines[f"{where}{error}"] = None
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Keep the problem that ends what is done inside."""
-        try:
-            yield
-        except SettingsError as error:
-            self.note(error)
-
-    def check_keys(self, key: Key, value: Any, known: Iterable[str], required: Iterable[str]) -> None:
-        """Note each unknown and each missing key.
-
-        Raises:
-            SettingsError: unless ``value`` is a mapping with at least one entry.
-        """
-        check_mapping(key, value)
-        known = sorted(known)
-        for name in value:
-            if name not in known:
-                self.note(
-                    SettingsError(
-                        f"expected {', '.join(known)}; got {name!r}{did_you_mean(name, known)}", (*key, str(name))
-                    )
-                )
-        for name in sorted(set(required) - set(value)):
-            got = ", ".join(map(str, value))
-            self.note(SettingsError(f"expected a setting {name!r}, got {got}", key))
-
-    def raise_any(self) -> None:
-        """Raise all that was gathered, a line for each problem.
-
-        Raises:
-            SettingsError: if there is any.
-        """
-        if self._lines:
-            raise SettingsError("\n".join(self._lines))
+def _breakable(text: str) -> str:
+    """Text whose long names may be broken after an underscore where there is no room."""
+    return html.escape(text).replace("_", "_<wbr>")
 
 
-def check_mapping(key: Key, value: Any) -> None:
-    """Raise unless ``value`` is a mapping with at least one entry.
+def as_markdown(blocks: Sequence[Block], folder: Path) -> str:
+    """GitHub's Markdown; pictures are named relative to ``folder``, where the text is to lie.
 
-    Raises:
-        SettingsError: if not.
+    Example:
+        >>> print(as_markdown([Heading("Scores"), Grid(["method", "%"], [["a|b", "1"]], best="a|b")], Path()))
+        ## Scores
+        <BLANKLINE>
+        | method | % |
+        | --- | --: |
+        | **a\\|b** | **1** |
+        <BLANKLINE>
     """
-    if not isinstance(value, Mapping) or not value:
-        raise SettingsError(f"expected a mapping with at least one entry, got {value!r}", key)
+    return "\n\n".join(_markdown_of(block, folder) for block in blocks) + "\n"
 
 
-def read_document(source: str | Path) -> Document:
-    """Parse a YAML file, given by path or by the name of one that comes with the package.
+def _markdown_of(block: Block, folder: Path) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {_plain(text)}"
+        case Text(text, kind):
+            return f"**{_plain(text)}**" if kind == "bad" else _plain(text)
+        case Points(items):
+            return "\n".join(f"- {_plain(item)}" for item in items)
+        case Grid(header, rows, best):
+            lines = [[_plain(cell).replace("|", "\\|") for cell in cells] for cells in (header, *rows)]
+            for cells, line in zip(rows, lines[1:], strict=True):
+                if best is not None and cells[0] == best:
+                    line[:] = [f"**{cell}**" for cell in line]
+            lines.insert(1, ["---", *["--:"] * (len(header) - 1)])
+            return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        case Picture(path, caption):
+            return f"![{_plain(caption)}]({path.relative_to(folder).as_posix()})"
+        case Code(text, language):
+            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+            return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+        case Terms(meanings):
+            return "\n".join(f"- **{_plain(name)}**: {_plain(text)}" for name, text in meanings.items())
 
-    Raises:
-        SettingsError: if it cannot be read, is not YAML, or has a key twice in one place.
+
+def _plain(text: str) -> str:
+    """One line, in which Markdown sees no tags; names keep their underscores, which do not begin words."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",  # which would be an option after a line break
+    "]": "{]}",
+    "\n": " ",
+    "·": r"$\cdot$",
+    "×": r"$\times$",
+    "−": "$-$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "⌈": r"$\lceil$",
+    "⌉": r"$\rceil$",
+    "½": r"$\frac{1}{2}$",
+    "τ": r"$\tau$",
+}
+
+
+def escape_latex(text: str) -> str:
+    r"""Text such that LaTeX sets it as it is; the sign of a number becomes a minus.
+
+    Example:
+        >>> print(escape_latex("adam_l2: 5 % & -0.3"))
+        adam\_l2: 5 \% \& $-$0.3
     """
-    packaged = importlib.resources.files("clagrange.configs")
-    names = sorted(entry.name[:-5] for entry in packaged.iterdir() if entry.name.endswith(".yaml"))
-    known = str(source) in names
-    try:
-        text = (packaged / f"{source}.yaml" if known else Path(source)).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(
-            f"config: expected a readable file or one of {', '.join(names)}; got {str(source)!r} "
-            f"({error.strerror}){did_you_mean(source, names)}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"config: expected text in UTF-8, got {str(source)!r} ({error.reason})") from error
-    return Document(text, f"{source}.yaml" if known else str(source))
+    escaped = "".join(_LATEX.get(character, character) for character in text)
+    return re.sub(r"(?<![\w-])-(?=[\d.])", "$-$", escaped)
 
 
-def _parsed(text: str, name: str) -> tuple[Any, dict[Key, int]]:
-    """What `yaml.safe_load` gives, without shared parts, and the line of each key; a key twice is an error."""
-    loader = yaml.SafeLoader(text)
-    lines: dict[Key, int] = {}
-    twice: list[str] = []
-    within: list[yaml.Node] = []
-    flat: set[int] = set()
-
-    def construct(node: yaml.Node, key: Key) -> Any:
-        if any(node is outer for outer in within):
-            raise SettingsError(f"{name}:{_line(node)}: expected values, got an alias of what it stands in")
-        within.append(node)
-        try:
-            if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
-                return mapping(node, key)
-            if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-                return [construct(entry, (*key, str(place))) for place, entry in enumerate(node.value)]
-            return loader.construct_object(node, deep=True)
-        finally:
-            within.pop()
-
-    def mapping(node: yaml.MappingNode, key: Key) -> dict[Any, Any]:
-        own: dict[Any, int] = {}
-        for entry, _ in [] if id(node) in flat else node.value:
-            if entry.tag == "tag:yaml.org,2002:merge":
-                continue
-            word = loader.construct_object(entry, deep=True)
-            if word in own:
-                twice.append(
-                    f"{name}:{_line(entry)}: {'.'.join((*key, str(word)))}: expected each name once in one "
-                    f"place, got it again after line {own[word]}; rename or remove one"
-                )
-            own.setdefault(word, _line(entry))
-        loader.flatten_mapping(node)  # entries of "<<: *alias" now stand before its own
-        flat.add(id(node))
-        found = {}
-        for entry, value in node.value:
-            word = loader.construct_object(entry, deep=True)
-            lines[*key, str(word)] = _line(entry)
-            found[word] = construct(value, (*key, str(word)))
-        return found
-
-    try:
-        root = loader.get_single_node()
-        tree = None if root is None else construct(root, ())
-    except (yaml.YAMLError, TypeError) as error:  # TypeError: a key that is a list
-        mark = getattr(error, "problem_mark", None)
-        where = name if mark is None else f"{name}:{mark.line + 1}"
-        said = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise SettingsError(f"{where}: expected YAML, got what is not valid YAML: {said}") from error
-    finally:
-        loader.dispose()
-    if twice:
-        raise SettingsError("\n".join(dict.fromkeys(twice)))
-    return tree, lines
-
-
-def _line(node: yaml.Node) -> int:
-    return int(node.start_mark.line) + 1
-
-
-def _filled(tree: Any) -> Any:
-    """The same with {} for a method, or a stream, that has no settings."""
-    if not isinstance(tree, dict):
-        return tree
-    filled = {}
-    for key, value in tree.items():
-        if key == "methods" and isinstance(value, dict):
-            filled[key] = {name: {} if entry is None else entry for name, entry in value.items()}
-        else:
-            filled[key] = {} if key == "stream" and value is None else _filled(value)
-    return filled
-
-
-def _mappings(tree: Any, key: Key) -> Iterator[tuple[Key, dict[str, Any]]]:
-    if isinstance(tree, dict):
-        yield key, tree
-        for name, value in tree.items():
-            yield from _mappings(value, (*key, str(name)))
+def as_latex(blocks: Sequence[Block]) -> str:
+    """The tables that have a label, in the form of the booktabs package, each no wider than a line."""
+    parts = [r"% Needs \usepackage{booktabs,graphicx}."]
+    for block in blocks:
+        if not isinstance(block, Grid) or not block.label:
+            continue
+        lines = [" & ".join(escape_latex(name) for name in block.header) + r" \\", r"\midrule"]
+        for cells in block.rows:
+            escaped = [escape_latex(cell) for cell in cells]
+            if block.best is not None and cells[0] == block.best:
+                escaped = [rf"\textbf{{{cell}}}" for cell in escaped]
+            lines.append(" & ".join(escaped) + r" \\")
+        parts.append(
+            "\n".join(
+                [
+                    r"\begin{table}",
+                    r"\centering",
+                    rf"\caption{{{escape_latex(block.caption)}}}",
+                    rf"\label{{tab:{re.sub(r'[^A-Za-z0-9:-]', '-', block.label)}}}",
+                    r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+                    rf"\begin{{tabular}}{{l{'r' * (len(block.header) - 1)}}}",
+                    r"\toprule",
+                    *lines,
+                    r"\bottomrule",
+                    r"\end{tabular}}",
+                    r"\end{table}",
+                ]
+            )
+        )
+    return "\n\n".join(parts) + "\n"

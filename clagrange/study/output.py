@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 from rich.console import Console
 
+from clagrange._checks import did_you_mean
 from clagrange.study.results import MethodResult
 from clagrange.study.runner import Folder, stored_results
+from clagrange.study.settings import STREAMS, SettingsError
 from clagrange.tasks import TaskStream
 
 
@@ -18,8 +21,12 @@ def write_output(
     results: Sequence[MethodResult] | None = None,
     console: Console | None = None,
     markdown: bool = False,
+    reference: str | None = None,
+    searches: Sequence[Path] = (),
 ) -> None:
-    """Write summary.json, pictures, TensorBoard events and report.html, and print the table.
+    """Write summary.json, pictures, TensorBoard events and the report, and print the table.
+
+    Of a folder that holds no study, but its summary.json, only the report is written.
 
     Args:
         folder: of a study.
@@ -28,33 +35,56 @@ def write_output(
         results: the finished runs; default: read from the folder.
         console: where to print the table; None for nowhere.
         markdown: print the table in Markdown.
+        reference: the method that the others are compared with.
+        searches: files of `clagrange tune`, whose trials show how sensitive methods are.
+
+    Raises:
+        SettingsError: if no stream has a method of the name ``reference``.
+        FileProblem: if a file is damaged.
     """
     from clagrange.study.events import write_events
     from clagrange.study.plots import write_plots
     from clagrange.study.report import write_report
-    from clagrange.study.settings import STREAMS
-    from clagrange.study.summary import environment, summarize, table, write_summary
+    from clagrange.study.sensitivity import read_searches
+    from clagrange.study.summary import environment, read_summary, summarize, table, write_summary
     from clagrange.study.summary import markdown as as_markdown
 
-    streams = yaml.safe_load(folder.config.read_text())["streams"]
-    planned = {name: list(body["methods"]) for name, body in streams.items()}
-    runs = [(name, method) for name, methods in planned.items() for method in methods]
-    found = list(stored_results(folder, runs) if results is None else results)
-    summary = summarize(
-        found,
-        status=status or ("complete" if len(found) == len(runs) else "interrupted"),
-        environment=(status is None and _stored_environment(folder)) or environment(),
-        planned=planned,
-        tasks={name: body["stream"]["tasks"] for name, body in streams.items()},
-        equally_hard={
-            name: STREAMS.get(body["stream"]["kind"], TaskStream).equally_hard for name, body in streams.items()
-        },
-        thresholds={name: body["threshold"] for name, body in streams.items() if "threshold" in body},
-    )
-    write_summary(folder.path, summary)
-    write_plots(folder.path, found)
-    write_events(folder.path / "tensorboard", found)
-    write_report(folder.path, summary, found, folder.config.read_text())
+    found_searches = read_searches(searches)
+    if folder.config.is_file():
+        config_text = folder.config.read_text()
+        streams = yaml.safe_load(config_text)["streams"]
+        planned = {name: list(body["methods"]) for name, body in streams.items()}
+        known = list(dict.fromkeys(method for methods in planned.values() for method in methods))
+        if reference is not None and reference not in known:
+            raise SettingsError(
+                f"reference: expected one of {', '.join(known)}; got {reference!r}"
+                f"{did_you_mean(reference, known)}"
+            )
+        runs = [(name, method) for name, methods in planned.items() for method in methods]
+        found = list(stored_results(folder, runs) if results is None else results)
+        summary = summarize(
+            found,
+            status=status or ("complete" if len(found) == len(runs) else "interrupted"),
+            environment=(status is None and _stored_environment(folder)) or environment(),
+            planned=planned,
+            tasks={name: body["stream"]["tasks"] for name, body in streams.items()},
+            equally_hard={
+                name: STREAMS.get(body["stream"]["kind"], TaskStream).equally_hard
+                for name, body in streams.items()
+            },
+            thresholds={name: body["threshold"] for name, body in streams.items() if "threshold" in body},
+            reference=reference,
+        )
+        write_summary(folder.path, summary)
+        write_plots(folder.path, found)
+        write_events(folder.path / "tensorboard", found)
+    else:
+        summary, found, config_text = read_summary(folder.path), [], ""
+        if reference is not None:
+            raise SettingsError(
+                f"reference: expected results by task to compare, {folder.path} has a summary only"
+            )
+    write_report(folder.path, summary, found, config_text, found_searches)
     if console is None:
         return
     if markdown:

@@ -1,13 +1,14 @@
-"""The pictures of a study: `accuracy.png`, `plasticity.png`, and one of each stream."""
+"""The pictures of a study: curves over its tasks, together and of each stream, and how the methods compare."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from clagrange.study.document import PICTURE_DOTS_PER_INCH
 from clagrange.study.files import file_name, replacing
 from clagrange.study.results import MethodResult
 from clagrange.study.statistics import Array, band
@@ -27,8 +28,7 @@ _COLOURS = (
 )
 # Methods after the tenth get the colours again, with a marker.
 _MARKERS = ("", "o", "s")
-_INK = "#333333"
-_DOTS_PER_INCH = 150
+INK = "#333333"
 _PANELS = {
     "dead_units": "dead units (fraction)",
     "dormant_units": "dormant units (fraction)",
@@ -37,13 +37,16 @@ _PANELS = {
     "mean_variance": "mean variance / prior's",
 }
 _OF_STREAM = ("dormant_units", "effective_rank")
-_MEASURES = {"online_accuracy": ("online accuracy %", 100.0), "loss": ("online loss", 1.0)}
+MEASURES = {"online_accuracy": ("online accuracy %", 100.0), "loss": ("online loss", 1.0)}
 # Spans of more than this factor are shown on a logarithmic axis.
 _LOGARITHMIC_SPAN = 50.0
 
 
 def write_plots(directory: Path, results: Sequence[MethodResult]) -> list[Path]:
-    """Write ``accuracy.png``, ``plasticity.png`` and ``streams/STREAM.png`` of every stream into a folder.
+    """Write the pictures of a study into its folder.
+
+    ``accuracy.png``, ``plasticity.png``, ``profile.png``, ``improvement.png``, ``cost.png``, and
+    ``streams/STREAM.png`` of every stream.
 
     Returns:
         The paths, none without results.
@@ -54,14 +57,26 @@ def write_plots(directory: Path, results: Sequence[MethodResult]) -> list[Path]:
     """
     if not results:
         return []
-    figures = {"accuracy.png": accuracy_figure(results), "plasticity.png": plasticity_figure(results)}
-    for stream, of_stream in _streams(results).items():
+    from clagrange.study.comparison_plots import cost_figure, improvement_figure, profile_figure
+
+    figures = {
+        "accuracy.png": accuracy_figure(results),
+        "plasticity.png": plasticity_figure(results),
+        "profile.png": profile_figure(results),
+        "improvement.png": improvement_figure(results),
+        "cost.png": cost_figure(results),
+    }
+    for stream, of_stream in by_stream(results).items():
         figures[f"streams/{file_name(stream)}.png"] = stream_figure(of_stream)
-    (directory / "streams").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        with replacing(directory / name) as partial:
-            figure.savefig(partial, format="png", dpi=_DOTS_PER_INCH, facecolor="white")
+        write_figure(directory / name, figure)
     return [directory / name for name in figures]
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=PICTURE_DOTS_PER_INCH, facecolor="white")
 
 
 def accuracy_figure(results: Sequence[MethodResult]) -> Any:
@@ -78,22 +93,22 @@ def accuracy_figure(results: Sequence[MethodResult]) -> Any:
     """
     from matplotlib.figure import Figure
 
-    streams, styles = _streams(results), _styles(results)
+    streams, styles = by_stream(results), method_styles(results)
     figure = Figure(figsize=(10, 0.7 + 4.3 * len(streams)), layout="constrained")
     panels = figure.subplots(len(streams), 1, squeeze=False)[:, 0]
     for panel, (stream, of_stream) in zip(panels, streams.items(), strict=True):
         window = smoothing_window(max(result.tasks for result in of_stream))
-        label, scale = _MEASURES[of_stream[0].measure]
+        label, scale = MEASURES[of_stream[0].measure]
         ends = [
             (_draw(panel, result, result.measure, styles[result.method], window, scale=scale), result.method)
             for result in of_stream
         ]
         _decorate(panel, stream, of_stream)
         _fit_to_lines(panel)
-        panel.set_ylabel(f"{label}\n({_smoothed(window)})", fontsize=11, color=_INK)
-        panel.set_xlabel("task", fontsize=11, color=_INK)
-        _label_ends(panel, ends, styles)
-    figure.supxlabel(f"Beside each line its last value. {_explanation(results)}", fontsize=9.5, color=_INK)
+        panel.set_ylabel(f"{label}\n({_smoothed(window)})", fontsize=11, color=INK)
+        panel.set_xlabel("task", fontsize=11, color=INK)
+        label_ends(panel, ends, styles)
+    figure.supxlabel(f"Beside each line its last value. {_explanation(results)}", fontsize=9.5, color=INK)
     return figure
 
 
@@ -111,7 +126,7 @@ def plasticity_figure(results: Sequence[MethodResult]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    streams, styles = _streams(results), _styles(results)
+    streams, styles = by_stream(results), method_styles(results)
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
     figure = Figure(figsize=(15, 1.5 + 3.1 * len(streams)), layout=layout)
     grid = figure.subplots(len(streams), len(_PANELS), squeeze=False)
@@ -120,10 +135,10 @@ def plasticity_figure(results: Sequence[MethodResult]) -> Any:
         windows.append(smoothing_window(max(result.tasks for result in of_stream)))
         for panel, (metric, label) in zip(row, _PANELS.items(), strict=True):
             _draw_panel(panel, of_stream, metric, label, styles, windows[-1])
-        row[0].set_ylabel(stream, fontsize=12, fontweight="bold", color=_INK)
-    _legend(figure, styles)
+        row[0].set_ylabel(stream, fontsize=12, fontweight="bold", color=INK)
+    draw_legend(figure, styles)
     smoothed = " and ".join(dict.fromkeys(_smoothed(window) for window in windows))
-    figure.suptitle(f"Lines: {smoothed}. {_explanation(results)}", fontsize=10, color=_INK)
+    figure.suptitle(f"Lines: {smoothed}. {_explanation(results)}", fontsize=10, color=INK)
     return figure
 
 
@@ -140,17 +155,17 @@ def stream_figure(results: Sequence[MethodResult]) -> Any:
     """
     from matplotlib.figure import Figure
 
-    styles, window = _styles(results), smoothing_window(max(result.tasks for result in results))
+    styles, window = method_styles(results), smoothing_window(max(result.tasks for result in results))
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = figure.subplots(1, 1 + len(_OF_STREAM))
     measure = results[0].measure
-    label, scale = _MEASURES[measure]
+    label, scale = MEASURES[measure]
     _draw_panel(panels[0], results, measure, label, styles, window, scale=scale)
     for panel, metric in zip(panels[1:], _OF_STREAM, strict=True):
         _draw_panel(panel, results, metric, _PANELS[metric], styles, window)
-    _legend(figure, styles)
+    draw_legend(figure, styles)
     figure.suptitle(
-        f"{results[0].stream}. Lines: {_smoothed(window)}. {_explanation(results)}", fontsize=10, color=_INK
+        f"{results[0].stream}. Lines: {_smoothed(window)}. {_explanation(results)}", fontsize=10, color=INK
     )
     return figure
 
@@ -170,19 +185,18 @@ def _draw_panel(
     for result in drawn:
         _draw(panel, result, metric, styles[result.method], window, scale=scale)
     _decorate(panel, label, results, size=10.5)
-    panel.set_xlabel("task", fontsize=10, color=_INK)
+    panel.set_xlabel("task", fontsize=10, color=INK)
     _scale(panel, metric)
     if not drawn:
-        panel.text(
-            0.5, 0.5, "no method has this", ha="center", va="center", transform=panel.transAxes, color=_INK
-        )
+        panel.text(0.5, 0.5, "no method has this", ha="center", va="center", transform=panel.transAxes, color=INK)
 
 
-def _legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
+def draw_legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
+    """The lines of the methods, in the order of the study, below everything."""
     figure.legend(
         handles=[_handle(style, method) for method, style in styles.items()],
         loc="outside lower center",
-        ncols=min(4, len(styles)),
+        ncols=min(4 if figure.get_figwidth() > 11 else 3, len(styles)),
         fontsize=10.5,
         frameon=False,
         handlelength=3.0,
@@ -219,7 +233,12 @@ def running_mean(curves: Array, window: int) -> Array:
     return np.stack([values[:, max(0, at + 1 - window) : at + 1].mean(1) for at in range(values.shape[1])], 1)
 
 
-def _streams(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
+def by_stream(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
+    """The results of each stream.
+
+    Raises:
+        ValueError: if there are none.
+    """
     if not results:
         raise ValueError("results: expected at least one, got none; a picture needs a finished method")
     streams: dict[str, list[MethodResult]] = {}
@@ -228,7 +247,7 @@ def _streams(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
     return streams
 
 
-def _styles(results: Sequence[MethodResult]) -> dict[str, dict[str, Any]]:
+def method_styles(results: Sequence[MethodResult]) -> dict[str, dict[str, Any]]:
     """The line of each method, the same in every panel: in the order of the study, dashed if told of switches."""
     told: dict[str, bool] = {}
     for result in results:
@@ -260,12 +279,22 @@ def _draw(
 
 
 def _decorate(panel: Any, title: str, results: Sequence[MethodResult], *, size: float = 13) -> None:
+    """Frame and title of a panel over tasks."""
+    from matplotlib.ticker import MaxNLocator
+
     tasks = max(result.tasks for result in results)
-    panel.set_title(title, loc="left", fontsize=size, fontweight="bold", color=_INK)
+    decorate(panel, title, size=size)
     panel.set_xlim((0.5, 1.5) if tasks == 1 else (1, tasks))
     if tasks < 10:
         panel.set_xticks(range(1, tasks + 1))
-    panel.tick_params(labelsize=9.5, colors=_INK, length=3)
+    else:
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def decorate(panel: Any, title: str, *, size: float) -> None:
+    """Frame and title of a panel."""
+    panel.set_title(title, loc="left", fontsize=size, fontweight="bold", color=INK)
+    panel.tick_params(labelsize=9.5, colors=INK, length=3)
     panel.grid(axis="y", color="#e3e3e3", linewidth=0.8)
     panel.set_axisbelow(True)
     for side in ("top", "right"):
@@ -300,8 +329,21 @@ def _scale(panel: Any, metric: str) -> None:
         panel.set_yscale("log")
 
 
-def _label_ends(panel: Any, ends: Sequence[tuple[float, str]], styles: dict[str, dict[str, Any]]) -> None:
-    """Write each method's name beside the end of its line, pushed apart so that no two overlap."""
+def label_ends(
+    panel: Any,
+    ends: Sequence[tuple[float, str]],
+    styles: dict[str, dict[str, Any]],
+    *,
+    starts: Mapping[str, float] | None = None,
+) -> None:
+    """Write each method's name and last height beside the end of its line, so that no two overlap.
+
+    Args:
+        panel: in the limits that it keeps.
+        ends: height and method.
+        styles: of the methods.
+        starts: where on the x axis the methods end; default: at the right edge.
+    """
     from matplotlib.colors import to_rgb
 
     low, high = panel.get_ylim()
@@ -313,7 +355,7 @@ def _label_ends(panel: Any, ends: Sequence[tuple[float, str]], styles: dict[str,
         ink = tuple(0.75 * part for part in to_rgb(colour))
         panel.annotate(
             f"{method}  {end:.1f}",
-            xy=(right, end),
+            xy=((starts or {}).get(method, right), end),
             xycoords="data",
             xytext=(1.035, place),
             textcoords="axes fraction",
@@ -324,7 +366,7 @@ def _label_ends(panel: Any, ends: Sequence[tuple[float, str]], styles: dict[str,
             arrowprops={
                 "arrowstyle": "-",
                 "color": colour,
-                "linewidth": 1.0,
+                "linewidth": 1.0 if starts is None else 0.7,
                 "shrinkA": 1,
                 "shrinkB": 1,
                 "relpos": (0, 0.5),

@@ -13,10 +13,10 @@ import yaml
 from scipy.stats import qmc
 
 from clagrange._checks import did_you_mean
-from clagrange.study.document import Key, Problems, SettingsError, check_mapping, read_document
 from clagrange.study.engine import Run
 from clagrange.study.files import require_writable, write_json
 from clagrange.study.methods import METHODS, Method
+from clagrange.study.problems import Key, Problems, SettingsError, check_mapping, read_document
 from clagrange.study.settings import (
     StreamStudy,
     construct,

@@ -15,10 +15,10 @@ from jsonargparse import ArgumentParser
 
 from clagrange import tasks
 from clagrange._checks import did_you_mean
-from clagrange.study.document import Key, Problems, check_mapping, read_document
-from clagrange.study.document import SettingsError as SettingsError
 from clagrange.study.engine import Run
 from clagrange.study.methods import METHODS, Method, snake_case
+from clagrange.study.problems import Key, Problems, check_mapping, read_document
+from clagrange.study.problems import SettingsError as SettingsError
 from clagrange.tasks import Preset, TaskStream
 
 T = TypeVar("T")

@@ -30,9 +30,9 @@ import yaml
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import clagrange
-from clagrange.study.document import SettingsError
 from clagrange.study.engine import Run, read_checkpoint
 from clagrange.study.files import FileProblem, remove_leftovers, replacing, require_writable, this_host
+from clagrange.study.problems import SettingsError
 from clagrange.study.results import MethodResult
 from clagrange.study.settings import Study
 from clagrange.tasks import TaskStream

@@ -20,7 +20,9 @@ import clagrange
 from clagrange.metrics.efficiency import area_under_curve, time_to_threshold
 from clagrange.metrics.forgetting import average_accuracy, backward_transfer, forgetting, forward_transfer
 from clagrange.metrics.plasticity import plasticity_slope
-from clagrange.study.files import replacing
+from clagrange.study.aggregates import interquartile_interval
+from clagrange.study.comparison import best, compare, compare_streams, judged_by_loss
+from clagrange.study.files import FileProblem, replacing
 from clagrange.study.results import MethodResult
 from clagrange.study.statistics import interval, tenths
 
@@ -84,23 +86,26 @@ def summarize(
     tasks: Mapping[str, int] | None = None,
     equally_hard: Mapping[str, bool] | None = None,
     thresholds: Mapping[str, float] | None = None,
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """The study in the form of `summary.json`, strictly JSON: null where there is no number, never NaN.
 
     ``{"schema": 1, "status", "environment", "streams": [{"name", "tasks", "measure", "equally_hard", "methods":
     [{"name", "told_of_switches", "seeds": [...], "online_accuracy": {"mean", "low", "high"}, "loss": {...},
-    "first_tenth", "last_tenth", "change": {"mean", "low", "high"}, "model_steps_per_second", "seconds",
-    "diverged", "plasticity_slope": {...}, "area_under_curve": {...}, "samples_to_threshold": {...},
-    "seconds_to_threshold": {...}, "average_accuracy": {...}, "forgetting": {...}, "backward_transfer": {...},
-    "forward_transfer": {...}}]}]}``
+    "by_seed": [...], "interquartile_mean": {...}, "first_tenth", "last_tenth", "change": {...},
+    "model_steps_per_second", "seconds", "diverged", "plasticity_slope": {...}, "area_under_curve": {...},
+    "samples_to_threshold": {...}, "seconds_to_threshold": {...}, "average_accuracy": {...}, "forgetting": {...},
+    "backward_transfer": {...}, "forward_transfer": {...}}], "comparisons": {...}}], "all_streams": {...}}``
 
     ``measure`` says what methods are judged by, the "online_accuracy", or the "loss" where targets are numbers;
-    the tenths and their change are of that; ``equally_hard`` whether the tasks are, so that a change is one of
-    the network. Accuracies are fractions, means over seeds; ``change`` is the last minus the first tenth, paired
-    by seed; ``diverged`` is a number of seeds. The slope, the area, and the samples and seconds until a threshold
-    is first reached are those of what methods are judged by, one point for each task, at its end. What is null
-    has no number: times to a threshold where none is given or a seed never reached it, the last four without test
-    examples, everything of a method that has no result, or fewer tasks than planned.
+    ``by_seed``, the interquartile mean, the tenths and their change are of that; ``equally_hard`` whether the
+    tasks are, so that a change is one of the network. Accuracies are fractions, means over seeds; ``change`` is
+    the last minus the first tenth, paired by seed; ``diverged`` is a number of seeds. The slope (per task, by
+    least squares for each seed), the area, and the samples and seconds until a threshold is first reached are
+    those of what methods are judged by, one point for each task, at its end. ``comparisons`` are those of
+    `compare`, ``all_streams`` those of `compare_streams`. What is null has no number: times to a threshold where
+    none is given or a seed never reached it, the last four without test examples, everything of a method that
+    has no result, or fewer tasks than planned.
 
     Args:
         results: in the order of the study.
@@ -110,6 +115,7 @@ def summarize(
         tasks: number of tasks of each stream; by default the largest among its results.
         equally_hard: `clagrange.tasks.TaskStream.equally_hard` of each stream; by default True.
         thresholds: of the online accuracy (of the loss, where targets are numbers) of streams.
+        reference: the method that the others are compared with; default: the best Euler-Lagrange method.
 
     Raises:
         ValueError: if a method has two results on a stream.
@@ -137,8 +143,15 @@ def summarize(
         measure = next((result.measure for result in found.values()), "online_accuracy")
         judged = [_method(name, found.get(name), total, measure, thresholds.get(stream)) for name in names]
         about = {"name": stream, "tasks": total, "measure": measure}
-        streams.append({**about, "equally_hard": equally_hard.get(stream, True), "methods": judged})
-    return {"schema": SCHEMA, "status": status, "environment": dict(environment), "streams": streams}
+        summarized = {**about, "equally_hard": equally_hard.get(stream, True), "methods": judged}
+        streams.append({**summarized, "comparisons": compare(summarized, reference)})
+    return {
+        "schema": SCHEMA,
+        "status": status,
+        "environment": dict(environment),
+        "streams": streams,
+        "all_streams": compare_streams(streams, reference),
+    }
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> Path:
@@ -152,6 +165,23 @@ def write_summary(directory: Path, summary: Mapping[str, Any]) -> Path:
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """Read ``directory/summary.json``, also of an earlier version.
+
+    Raises:
+        FileProblem: if it is missing, damaged or foreign.
+    """
+    path = directory / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = summary["schema"] <= SCHEMA and isinstance(summary["streams"], list) and "environment" in summary
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileProblem(f"{path}: expected the summary of a study, got a damaged or foreign file") from error
+    if not known:
+        raise FileProblem(f"{path}: expected a summary of schema {SCHEMA}; it is from a later version")
+    return summary
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -204,23 +234,6 @@ def forgetting_rows(stream: Mapping[str, Any]) -> list[list[str]]:
         for method in stream["methods"]
         if method.get("average_accuracy", _NO_INTERVAL)["mean"] is not None
     ]
-
-
-def judged_by_loss(stream: Mapping[str, Any]) -> bool:
-    """Whether less is better on a stream."""
-    return stream.get("measure") == "loss"  # older summaries know accuracies only
-
-
-def best(stream: Mapping[str, Any]) -> str | None:
-    """Name of the method with the best mean; the first of equals, None without any."""
-    means: dict[str, float | None] = {
-        m["name"]: m["loss" if judged_by_loss(stream) else "online_accuracy"]["mean"] for m in stream["methods"]
-    }
-    finished = {name: mean for name, mean in means.items() if mean is not None}
-    if not finished:
-        return None
-    ranked = sorted(finished, key=finished.__getitem__, reverse=not judged_by_loss(stream))
-    return ranked[0]
 
 
 def table(summary: Mapping[str, Any], console: Console) -> None:
@@ -377,6 +390,8 @@ def _method(
             "seeds": [],
             "online_accuracy": dict(_NO_INTERVAL),
             "loss": dict(_NO_INTERVAL),
+            "by_seed": [],
+            "interquartile_mean": dict(_NO_INTERVAL),
             "first_tenth": None,
             "last_tenth": None,
             "change": dict(_NO_INTERVAL),
@@ -385,6 +400,7 @@ def _method(
             "diverged": None,
             **{key: dict(_NO_INTERVAL) for key in (*OVER_TASKS, *FORGETTING)},
         }
+    by_seed = result.metrics[measure].mean(1)
     first, last = tenths(result.metrics[measure])
     seconds = float(result.seconds) if math.isfinite(result.seconds) else None
     with np.errstate(invalid="ignore"):  # of losses that are not finite
@@ -395,6 +411,8 @@ def _method(
         "seeds": list(result.seeds),
         "online_accuracy": interval(result.metrics["online_accuracy"].mean(1)).as_dict(),
         "loss": interval(result.metrics["loss"].mean(1)).as_dict(),
+        "by_seed": [float(score) if math.isfinite(score) else None for score in by_seed],
+        "interquartile_mean": interquartile_interval(by_seed).as_dict(),
         "first_tenth": interval(first).mean,
         "last_tenth": interval(last).mean,
         "change": interval(change).as_dict(),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from clagrange import metrics
 from clagrange.cli import main
 from clagrange.study.results import METRICS
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STUDY = {
     "seeds": 2,
     "streams": {
@@ -51,8 +53,8 @@ def test_compare_writes_everything_that_it_promises(config, tmp_path, capsys):
         "results",
         "summary.json",
         "accuracy.png",
-        "plasticity.png",
-        "report.html",
+        *("plasticity.png", "profile.png", "improvement.png", "cost.png"),
+        *("report.html", "report.md", "report.tex"),
         "streams",
         "tensorboard",
     }
@@ -152,6 +154,37 @@ def test_report_again_gives_the_same_summary(config, tmp_path, capsys):
     assert (out / "summary.json").read_text() == before
     assert (out / "report.html").exists()
     assert (out / "accuracy.png").exists()
+
+
+def test_report_of_a_stored_summary_leaves_it_as_it_is(tmp_path, monkeypatch, capsys):
+    """By the name of a study in runs/, with the search behind it, and against a method of choice."""
+    folder = tmp_path / "runs" / "permuted"
+    shutil.copytree(BENCHMARKS / "permuted", folder)
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert main(["report", "permuted"]) == 0
+    assert "Highest mean: euler_lagrange_kronecker_injection." in capsys.readouterr().out
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert {path.name for path in folder.iterdir()} == {*before, "report.html", "report.md", "report.tex"}
+    assert main(["report", "permuted", "--reference", "adam"]) == 2
+    assert "reference: expected results by task" in capsys.readouterr().err
+    assert main(["report", "permuted", "--search", "none.json"]) == 2
+    assert "search: expected a file that clagrange tune wrote, got none.json" in capsys.readouterr().err
+
+
+def test_report_against_a_method_of_choice(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compare", config, "--out", str(out), "--workers", "1"]) == 0
+    assert main(["report", str(out), "--reference", "sgd"]) == 0
+    stream = json.loads((out / "summary.json").read_text())["streams"][0]
+    assert stream["comparisons"]["reference"] == "sgd"
+    assert [method["name"] for method in stream["comparisons"]["methods"]] == [
+        "continual_backprop",
+        "euler_lagrange_injection",
+    ]
+    capsys.readouterr()
+    assert main(["report", str(out), "--reference", "sdg"]) == 2
+    assert "did you mean 'sgd'?" in capsys.readouterr().err
 
 
 def test_a_damaged_result_is_named(config, tmp_path, capsys):

@@ -1,27 +1,45 @@
 """What a study shows: summary, tables, pictures, page and events, from made-up results."""
 
+import base64
 import dataclasses
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from rich.console import Console
 
+from clagrange.study.comparison import best, own_best
 from clagrange.study.events import write_events
 from clagrange.study.files import FileProblem
+from clagrange.study.findings import comparisons, findings
 from clagrange.study.plots import accuracy_figure, running_mean, spread_apart, write_plots
-from clagrange.study.report import comparisons, findings, own_best, write_report
+from clagrange.study.report import write_report
 from clagrange.study.results import METRICS, MethodResult
+from clagrange.study.sensitivity import method_trials
 from clagrange.study.statistics import interval
-from clagrange.study.summary import best, environment, markdown, summarize, table, write_summary
+from clagrange.study.summary import (
+    environment,
+    heading,
+    markdown,
+    read_summary,
+    rows,
+    summarize,
+    table,
+    write_summary,
+)
 
+ROOT = Path(__file__).parents[2]
 TASKS, SEEDS = 20, 4
+PICTURES = ("accuracy.png", "plasticity.png", "profile.png", "improvement.png", "cost.png")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -74,6 +92,22 @@ def summary(results):
     return summarize(results, status="interrupted", environment=environment(), planned=planned, tasks=tasks)
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A folder with the pictures of a small study."""
+    folder = tmp_path_factory.mktemp("drawn")
+    write_plots(folder, [fake("sgd", shape=(2, 3)), fake("adam", shape=(2, 3))])
+    return folder
+
+
+@pytest.fixture
+def undrawn(tmp_path):
+    """A folder with a grey dot for each picture, for tests of what is written: drawing takes seconds."""
+    for name in PICTURES:
+        Image.new("L", (1, 1), 128).save(tmp_path / name)
+    return tmp_path
+
+
 def test_summary_has_the_documented_form(summary, tmp_path):
     path = write_summary(tmp_path, summary)
 
@@ -83,7 +117,7 @@ def test_summary_has_the_documented_form(summary, tmp_path):
     read = json.loads(path.read_text(), parse_constant=refuse)
     assert read == summary
     assert list(tmp_path.iterdir()) == [path]
-    assert set(read) == {"schema", "status", "environment", "streams"}
+    assert set(read) == {"schema", "status", "environment", "streams", "all_streams"}
     assert (read["schema"], read["status"]) == (1, "interrupted")
     assert [(stream["name"], stream["tasks"]) for stream in read["streams"]] == [
         ("digits", TASKS),
@@ -91,11 +125,12 @@ def test_summary_has_the_documented_form(summary, tmp_path):
         ("mnist", 30),
     ]
     for stream in read["streams"]:
-        assert set(stream) == {"name", "tasks", "measure", "equally_hard", "methods"}
+        assert set(stream) == {"name", "tasks", "measure", "equally_hard", "methods", "comparisons"}
         for method in stream["methods"]:
             assert set(method) == {
                 *("name", "told_of_switches", "seeds", "online_accuracy", "loss", "first_tenth", "last_tenth"),
                 *("change", "model_steps_per_second", "seconds", "diverged", "plasticity_slope"),
+                *("by_seed", "interquartile_mean"),
                 *("area_under_curve", "samples_to_threshold", "seconds_to_threshold"),
                 *("average_accuracy", "forgetting", "backward_transfer", "forward_transfer"),
             }
@@ -117,6 +152,11 @@ def test_summary_numbers_match_plain_arithmetic(summary, results):
         assert method["change"]["low"] == pytest.approx(
             interval([after - before for before, after in zip(first, last, strict=True)]).low
         )
+        assert method["by_seed"] == pytest.approx(means)
+        assert method["interquartile_mean"]["mean"] == pytest.approx(sum(sorted(means)[1:3]) / 2)
+        slopes = [np.polyfit(range(TASKS), row, 1)[0] for row in accuracy]
+        assert method["plasticity_slope"]["mean"] == pytest.approx(sum(slopes) / SEEDS)
+        assert method["plasticity_slope"]["high"] == pytest.approx(interval(slopes).high)
         assert method["seeds"] == [50, 51, 52, 53]
         assert method["seconds"] == 2.5
         assert method["model_steps_per_second"] == pytest.approx(300 * 4 / 2.5)
@@ -135,6 +175,8 @@ def test_summary_keeps_the_order_and_has_null_for_what_is_not_finished(summary):
         "seeds": [],
         "online_accuracy": nothing,
         "loss": nothing,
+        "by_seed": [],
+        "interquartile_mean": nothing,
         "first_tenth": None,
         "last_tenth": None,
         "change": nothing,
@@ -270,61 +312,197 @@ def test_labels_are_spread_in_order_and_stay_inside():
     assert spread_apart([0.1, 0.5, 0.9], gap=0.06) == [0.1, 0.5, 0.9]
 
 
-def test_plots_are_pictures_and_leave_no_global_state(results, tmp_path):
+def test_plots_are_pictures_and_leave_no_global_state(tmp_path):
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    paths = write_plots(tmp_path, results)
-    names = ["accuracy.png", "plasticity.png", "streams/digits.png", "streams/labels.png"]
-    assert paths == [tmp_path / name for name in names]
+    few = [fake("sgd", shape=(2, 3)), fake("adam", stream="labels", shape=(2, 3))]
+    paths = write_plots(tmp_path, few)
+    assert paths == [tmp_path / name for name in (*PICTURES, "streams/digits.png", "streams/labels.png")]
     assert all(path.read_bytes().startswith(PNG) for path in paths)
-    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == paths
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(paths)
     assert dict(mpl.rcParams) == before
     assert write_plots(tmp_path, []) == []
 
 
 class Page(HTMLParser):
-    def __init__(self):
+    """Refuses a page whose tags are not balanced, and gathers what a reader would need besides it."""
+
+    def __init__(self, source):
         super().__init__()
-        self.open, self.references, self.text = [], [], []
+        self.open, self.references, self.text, self.meta, self.scrolling = [], [], [], {}, []
+        self.feed(source)
+        self.close()
+        assert self.open == []
 
     def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
         self.references += [value for key, value in attrs if key in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
+        if tag == "meta" and "name" in attributes:
+            self.meta[attributes["name"]] = attributes["content"]
+        if tag in ("table", "img"):
+            self.scrolling.append(("div", "scroll") in self.open)
+        if tag not in ("meta", "img", "wbr"):
+            self.open.append((tag, attributes.get("class")))
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
         self.text.append(data)
 
 
-def test_report_is_one_well_formed_page_without_references(summary, results, tmp_path):
+def test_report_is_one_well_formed_page_without_references(summary, results, drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
     path = write_report(tmp_path, summary, results, "methods:\n  evil: </pre><script>alert('x')</script>\n")
     source = path.read_text()
-    page = Page()
-    page.feed(source)
-    assert page.open == []
-    assert len(page.references) == 2
+    page = Page(source)
+    assert len(page.references) == len(PICTURES)
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    embedded = [base64.b64decode(reference.partition(",")[2]) for reference in page.references]
+    assert embedded == [(tmp_path / name).read_bytes() for name in PICTURES]
+    assert page.meta["viewport"] == "width=device-width, initial-scale=1"
+    assert len(page.scrolling) > len(PICTURES)
+    assert all(page.scrolling)  # wide tables and pictures scroll by themselves
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", source)
     assert "<script" not in source
     text = "".join(page.text)
     assert "evil: </pre><script>alert('x')</script>" in text
     assert "The study is not complete." in text
-    assert {item.name for item in tmp_path.iterdir()} == {
-        "accuracy.png",
-        "plasticity.png",
-        "streams",
-        "report.html",
+    names = {"report.html", "report.md", "report.tex", "streams", *PICTURES}
+    assert {item.name for item in tmp_path.iterdir()} == names
+
+
+def test_report_says_the_numbers_of_the_summary(summary, results, undrawn):
+    write_report(undrawn, summary, results, "seeds: 4\n")
+    stream = summary["streams"][0]
+    (adam,) = (method for method in stream["methods"] if method["name"] == "adam")
+    (against,) = (method for method in stream["comparisons"]["methods"] if method["name"] == "adam")
+    low, high = (format(100 * adam["interquartile_mean"][key], ".1f") for key in ("low", "high"))
+    middle = f"{100 * adam['interquartile_mean']['mean']:.1f} [{low}, {high}]"
+    slope = f"{100 * adam['plasticity_slope']['mean']:+.3f} ["
+    difference = f"{100 * against['difference']['mean']:+.1f} ["
+    assert against["p"] == 2 / 2**SEEDS
+    for text in (
+        "".join(Page((undrawn / "report.html").read_text()).text),
+        (undrawn / "report.md").read_text(),
+    ):
+        assert middle in text
+        assert slope in text
+        assert difference in text
+        assert "On digits, euler_lagrange_injection has the highest online accuracy of 5 methods, 84" in text
+        assert "4 pairs of runs allow no p below .12, and no corrected p below .50 with 4 comparisons." in text
+        assert (
+            "no difference can count as significant at 0.05 here, however large it is; that takes 8 pairs" in text
+        )
+        assert "seeds: 4" in text
+        assert summary["environment"]["torch"] in text
+    markdown_text = (undrawn / "report.md").read_text()
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", markdown_text)
+    assert pictures == list(PICTURES)
+
+
+def test_report_in_latex_is_balanced_and_escaped(results, undrawn):
+    odd = [dataclasses.replace(result, method=result.method + "%&$#") for result in results[:3]]
+    write_report(undrawn, summarize(odd, status="complete", environment={}), odd, "")
+    text = (undrawn / "report.tex").read_text()
+    assert r"\textbf{continual\_backprop\%\&\$\#} & " in text
+    assert len(re.findall(r"\\begin\{table\}", text)) == 2
+    plain = re.sub(r"\\[\\&%$#_{}]", "", text)  # without what is escaped
+    assert plain.count("{") == plain.count("}")
+    assert plain.count("$") % 2 == 0
+    for environment_name in ("table", "tabular"):
+        assert plain.count(rf"\begin{{{environment_name}}}") == plain.count(rf"\end{{{environment_name}}}")
+    for body in re.findall(r"\\begin\{tabular\}\{(l r*|lr*)\}(.*?)\\end\{tabular\}", text, flags=re.S):
+        lines = [line for line in body[1].splitlines() if line.endswith("\\\\")]
+        assert len(lines) >= 3
+        assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {len(body[0]) - 1}
+    assert re.search(r"\$-\$\d", text)
+
+
+def test_report_of_an_old_summary_alone(results, tmp_path):
+    """Summaries of the first version know no seeds' scores; nothing is compared, nothing is drawn."""
+    summary = summarize(results[:5], status="complete", environment={"torch": "2"})
+    for stream in summary["streams"]:
+        del stream["comparisons"], stream["measure"]
+        for method in stream["methods"]:
+            for key in ("by_seed", "interquartile_mean", "plasticity_slope", "average_accuracy", "loss"):
+                del method[key]
+    del summary["all_streams"]
+    page = Page(write_report(tmp_path, summary, [], "").read_text())
+    text = "".join(page.text)
+    assert page.references == []
+    assert "The results by task are not stored here" in text
+    assert "Lose plasticity" in text
+    assert "is alone" not in text
+    assert "interquartile mean" not in text.partition("How to read this")[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.md", "report.tex"}
+
+
+@pytest.mark.parametrize("name", ["demo", "permuted", "streams", "untuned"])
+def test_report_of_the_stored_summaries(name, tmp_path):
+    stored = ROOT / "benchmarks" / name
+    summary = read_summary(stored)
+    text = "".join(Page(write_report(tmp_path, summary, [], "").read_text()).text)
+    for stream in summary["streams"]:
+        assert heading(stream) in text
+        for row in rows(stream):
+            assert row[2] in text
+    (tmp_path / "summary.json").write_text('{"schema": 2, "streams": [], "environment": {}}')
+    with pytest.raises(FileProblem, match="it is from a later version"):
+        read_summary(tmp_path)
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(FileProblem, match="damaged or foreign"):
+        read_summary(tmp_path)
+
+
+def test_report_shows_the_searches_of_its_streams(results, undrawn):
+    trials = [{"settings": {"lr": lr}, "online_accuracy": score} for lr, score in ((0.1, 0.8), (1.0, 0.5))]
+    searches = {
+        "digits": [method_trials("sgd", trials, first_round=2)],
+        "elsewhere": [method_trials("adam", trials, first_round=2)],
     }
+    path = write_report(undrawn, summarize(results, status="complete", environment={}), results, "", searches)
+    page = Page(path.read_text())
+    text = "".join(page.text)
+    assert "Sensitivity to settings: digits" in text
+    assert "elsewhere" not in text
+    assert "1 of 2" in text
+    assert "0.1 to 1" in text
+    assert (undrawn / "sensitivity" / "digits.png").read_bytes().startswith(PNG)
+    assert len(page.references) == len(PICTURES) + 1
 
 
-def test_report_escapes_names(tmp_path):
+def test_report_of_several_streams_judges_them_together(undrawn):
+    pair = [
+        fake(method, stream=stream, start=start)
+        for stream in ("a", "b")
+        for method, start in (("sgd", 0.5), ("euler_lagrange", 0.9))
+    ]
+    summary = summarize(pair, status="complete", environment={})
+    text = write_report(undrawn, summary, pair, "").with_suffix(".md").read_text()
+    assert "## All streams together" in text
+    assert "8 pairs of runs allow no p below .008, and no corrected p below .008 with 1 comparisons." in text
+    assert "by seed and stream" in text
+
+
+@pytest.mark.slow
+def test_report_can_be_shown_by_a_browser(summary, results, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if browser is None:
+        pytest.skip("no chromium or google-chrome in PATH")
+    path, picture = write_report(tmp_path, summary, results, "seeds: 4\n"), tmp_path / "page.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,3000"]
+    subprocess.run([*command, f"--screenshot={picture}", path.as_uri()], check=True, timeout=120)
+    with Image.open(picture) as shown:
+        assert shown.size == (390, 3000)
+        assert np.asarray(shown.convert("L")).std() > 10
+
+
+def test_report_escapes_names(undrawn):
     odd = [fake("euler_lagrange<b>", stream="<i>digits"), fake("a&b", stream="<i>digits")]
     summary = summarize(odd, status="<u>", environment={"<s>": "<em>"})
-    source = write_report(tmp_path, summary, odd, "").read_text()
+    source = write_report(undrawn, summary, odd, "").read_text()
     for tag in ("<b>", "<i>", "<u>", "<s>", "<em>"):
         assert tag not in source
     assert "a&amp;b" in source
@@ -426,7 +604,7 @@ def by_loss(method, slope, **settings):
     return result
 
 
-def test_where_targets_are_numbers_less_loss_is_better(tmp_path):
+def test_where_targets_are_numbers_less_loss_is_better(undrawn):
     results = [by_loss("sgd", 0.2), by_loss("adam", 0.3), by_loss("euler_lagrange", -0.1)]
     summary = summarize(results, status="complete", environment={})
     stream = summary["streams"][0]
@@ -450,16 +628,15 @@ def test_where_targets_are_numbers_less_loss_is_better(tmp_path):
     assert "Lowest mean: euler_lagrange." in console.file.getvalue()
     assert "online" in accuracy_figure(results).axes[0].get_ylabel()
     assert "online loss" in accuracy_figure(results).axes[0].get_ylabel()
-    write_report(tmp_path, summary, results, "")
-    assert "online loss" in (tmp_path / "report.html").read_text()
+    assert "online loss" in write_report(undrawn, summary, results, "").read_text()
 
 
-def test_what_is_forgotten_has_a_table_and_survives_its_file(tmp_path):
+def test_what_is_forgotten_has_a_table_and_survives_its_file(undrawn):
     result = fake("sgd", shape=(2, 3))
     matrix = np.array([[[0.1] * 3, [1.0, 0.2, 0.1], [0.6, 0.8, 0.3], [0.4, 0.6, 0.9]]] * 2)
     result = dataclasses.replace(result, matrix=matrix)
-    result.write(tmp_path / "result.parquet")
-    again = MethodResult.read(tmp_path / "result.parquet")
+    result.write(undrawn / "result.parquet")
+    again = MethodResult.read(undrawn / "result.parquet")
     np.testing.assert_array_equal(again.matrix, matrix)
     for name in METRICS:
         np.testing.assert_array_equal(again.metrics[name], result.metrics[name])
@@ -474,7 +651,7 @@ def test_what_is_forgotten_has_a_table_and_survives_its_file(tmp_path):
     console = Console(file=io.StringIO(), width=120)
     table(summary, console)
     assert "63.3 [63.3, 63.3]" in console.file.getvalue()
-    page = write_report(tmp_path, summary, [again], "").read_text()
+    page = write_report(undrawn, summary, [again], "").read_text()
     assert "63.3 [63.3, 63.3]" in page
 
 
@@ -524,7 +701,8 @@ def test_events_hold_means_and_intervals_and_replace_the_old(results, tmp_path):
 
 def test_importing_the_parts_loads_neither_matplotlib_nor_tensorboard():
     modules = ", ".join(
-        f"clagrange.study.{name}" for name in ("events", "plots", "report", "statistics", "summary")
+        f"clagrange.study.{name}"
+        for name in ("comparison_plots", "events", "plots", "report", "sensitivity", "statistics", "summary")
     )
     heavy = ("matplotlib", "tensorboard", "scipy.stats")
     code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"

@@ -16,8 +16,8 @@ import yaml
 from stored import assert_same
 
 from clagrange.study import store
-from clagrange.study.document import SettingsError
 from clagrange.study.files import partial_prefix, remove_leftovers
+from clagrange.study.problems import SettingsError
 from clagrange.study.results import MethodResult
 from clagrange.study.runner import RunsFailed, run_study
 from clagrange.study.settings import load_study
