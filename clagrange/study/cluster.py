@@ -1,7 +1,6 @@
 """Runs of a study on the machines of a Ray cluster (extra ``clagrange[ray]``)."""
 
 import contextlib
-import importlib.util
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ import torch
 
 from clagrange.study.engine import read_checkpoint
 from clagrange.study.executors import Event, one_thread, tasks_of
+from clagrange.study.extras import extra_module
 from clagrange.study.files import FileProblem, replacing
 from clagrange.study.problems import SettingsError
 from clagrange.study.results import MethodResult
@@ -27,10 +27,10 @@ def require_ray() -> None:
     Raises:
         SettingsError: with the remedy.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise SettingsError(
-            "executor: expected the package ray, which is not installed; pip install 'clagrange[ray]'"
-        )
+    try:
+        extra_module("ray")
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"executor: {error}") from error
 
 
 class OnRay:

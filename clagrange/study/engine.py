@@ -144,9 +144,11 @@ class Run:
                     losses += loss
                     if on_step is not None:
                         on_step()
-                self._count()
                 self.seconds += time.perf_counter() - started
                 self._mark_diverged(~losses.isfinite())
+        started = time.perf_counter()
+        self._count()
+        self.seconds += time.perf_counter() - started
         batches = first.steps_of(number) * first.epochs
         self._note("online_accuracy", right / (batches * first.batch_size))
         self._note("loss", losses / batches)

@@ -153,7 +153,7 @@ def test_measures_that_are_asked_for_are_written_and_a_threshold_is_no_part_of_t
     followed = load_study(path, ["digits.threshold=0.8", "digits.sample_plasticity_every=2"])
     assert followed.resolved()["streams"]["digits"]["threshold"] == 0.8
     assert followed.start("digits", "sgd").sample_plasticity_every == 2
-    keys = [study.key("digits", "sgd") for study in (plain, judged, followed)]
+    keys = [Origin.of(study, "digits", "sgd").key for study in (plain, judged, followed)]
     assert keys[0] == keys[1] != keys[2]
 
 
@@ -231,7 +231,7 @@ def test_bad_files_are_refused(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named_with_what_there_is():
-    with pytest.raises(SettingsError, match=r"one of demo.*got 'dmo'.*did you mean 'demo'\?"):
+    with pytest.raises(SettingsError, match=r"one of .*demo,.*got 'dmo'.*did you mean 'demo'\?"):
         load_study("dmo")
 
 
@@ -302,10 +302,10 @@ MISTAKES = {
 
 
 def test_all_mistakes_are_found_at_once_each_with_its_line(tmp_path, monkeypatch):
-    def missing():
+    def missing(name):
         raise ModuleNotFoundError("expected the package ivon-opt; pip install 'clagrange[ivon]'")
 
-    monkeypatch.setattr("clagrange.study.ivon.installed_package", missing)
+    monkeypatch.setattr("clagrange.study.methods.base.extra_module", missing)
     monkeypatch.setenv("CLAGRANGE_DATA", str(tmp_path))
     file = tmp_path / "bad.yaml"
     file.write_text(BAD)
