@@ -5,7 +5,8 @@
     results/earlier/                 results of other settings, data or versions; what returns is taken from there
     checkpoints/STREAM.METHOD.pt     the state after the last finished task of each unfinished run
     locks/STREAM.METHOD.json         which process has taken a run; gone when nobody is at work
-    summary.json, report.html, accuracy.png, plasticity.png, streams/STREAM.png, tensorboard/
+    summary.json, report.html, report.md, report.tex, accuracy.png, plasticity.png, profile.png, improvement.png,
+    cost.png, streams/STREAM.png, sensitivity/, tensorboard/
                                      once there is something to show
 
 A run is known by its `Origin`: settings, data, version. Results of other settings or data are never taken for
@@ -50,8 +51,10 @@ UNKNOWN = "unknown"
 
 _SHOWING = (
     *("callbacks/", "cli.py", "configs/", "figures/", "strategies/", "verify/"),
-    *("study/events.py", "study/output.py", "study/pictures.py", "study/plots.py", "study/report.py"),
-    *("study/search.py", "study/statistics.py", "study/summary.py"),
+    *("study/aggregates.py", "study/comparison.py", "study/comparison_plots.py", "study/document.py"),
+    *("study/events.py", "study/findings.py", "study/output.py", "study/pictures.py", "study/plots.py"),
+    *("study/problems.py", "study/report.py", "study/search.py", "study/sensitivity.py", "study/significance.py"),
+    *("study/statistics.py", "study/summary.py"),
 )
 """Parts of the package that no number of a run depends on."""
 

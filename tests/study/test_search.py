@@ -188,3 +188,16 @@ def test_methods_without_their_package_are_left_out_with_the_reason(tmp_path, mo
     assert list(search.methods["permuted_digits"]) == ["l2_init"]
     assert len(reasons) == 1
     assert "pytorch-optimizer" in reasons[0]
+
+
+def test_the_permuted_study_has_the_winners_of_the_stored_searches():
+    study = read_yaml("permuted")
+    for stream, searches in {
+        "permuted_digits": ["permuted_search", "rivals_search"],
+        "permuted_mnist": ["permuted_search"],
+    }.items():
+        found = {}
+        for name in searches:
+            stored = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+            found |= {label: entry["best"] for label, entry in stored["streams"][stream]["methods"].items()}
+        assert study["streams"][stream]["methods"] == found
