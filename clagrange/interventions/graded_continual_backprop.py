@@ -41,8 +41,8 @@ class GradedContinualBackprop(UnitReset):
         seed: of the random stream.
 
     Source: McCutcheon, Chatzaroulas, Fallah, "Learning continually at peak performance with continuous continual
-    backpropagation" (CCBP), https://openreview.net/forum?id=UJqXhFFzKu, in the form and with the numbers of the
-    authors' code. The package ccbp-pytorch has α = ρ·sigmoid(−κ(u − 1)) instead, moves biases and the optimizer's
+    backpropagation" (CCBP), https://openreview.net/forum?id=UJqXhFFzKu, in the form and with the numbers of a
+    code in JAX that appears to be the authors'. The package ccbp-pytorch has α = ρ·sigmoid(−κ(u − 1)) instead, moves biases and the optimizer's
     state alike, and keeps u.
     """
 

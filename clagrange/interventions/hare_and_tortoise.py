@@ -16,8 +16,8 @@ class HareAndTortoise(Intervention):
         t ← decay·t + (1 − decay)·h,
 
     and after every ``every`` steps h ← t. The running means and variances of batch normalisation are averaged and
-    fall back with the weights; the optimizer's state stays, both as in the authors' code (where ``every`` counts
-    epochs). The tortoise starts at the first weights and is in ``state["tortoise"]`` by the names of parameters
+    fall back with the weights; the optimizer's state stays, both as in the code that appears to be the authors'
+    (where ``every`` counts epochs). The tortoise starts at the first weights and is in ``state["tortoise"]`` by the names of parameters
     and buffers, in float32 at least; `tortoise` gives it for `torch.func.functional_call`.
 
     Args:

@@ -35,7 +35,7 @@ class NormalizeAndProject(Intervention):
         ValueError: at the start, if there are no layers of these names, or the network cannot be traced.
 
     Source: Lyle, Zheng, Khetarpal, Martens, van Hasselt, Pascanu, Dabney, "Normalization and effective learning
-    rates in reinforcement learning", NeurIPS 2024, section 4.
+    rates in reinforcement learning", NeurIPS 2024.
     """
 
     def __init__(self, every: int = 1, layers: Sequence[str] | None = None) -> None:
