@@ -27,7 +27,7 @@ class NormalizeAndProject(Intervention):
     free. The optimizer's state stays.
 
     Args:
-        every: steps from one projection to the next; 1 and 1,000 did nearly the same in the paper.
+        every: steps from one projection to the next.
         layers: names of the layers to project beside the normalisations; default: all but those that make the
             outputs, found by tracing.
 
