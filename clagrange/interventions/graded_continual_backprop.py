@@ -42,8 +42,8 @@ class GradedContinualBackprop(UnitReset):
 
     Source: McCutcheon, Chatzaroulas, Fallah, "Learning continually at peak performance with continuous continual
     backpropagation" (CCBP), https://openreview.net/forum?id=UJqXhFFzKu, in the form and with the numbers of a
-    code in JAX that appears to be the authors'. The package ccbp-pytorch has α = ρ·sigmoid(−κ(u − 1)) instead, moves biases and the optimizer's
-    state alike, and keeps u.
+    code in JAX that appears to be the authors'. The package ccbp-pytorch has α = ρ·sigmoid(−κ(u − 1)) instead,
+    moves biases and the optimizer's state alike, and keeps u.
     """
 
     watches = False

@@ -17,8 +17,9 @@ class HareAndTortoise(Intervention):
 
     and after every ``every`` steps h ← t. The running means and variances of batch normalisation are averaged and
     fall back with the weights; the optimizer's state stays, both as in the code that appears to be the authors'
-    (where ``every`` counts epochs). The tortoise starts at the first weights and is in ``state["tortoise"]`` by the names of parameters
-    and buffers, in float32 at least; `tortoise` gives it for `torch.func.functional_call`.
+    (where ``every`` counts epochs). The tortoise starts at the first weights and is in ``state["tortoise"]`` by
+    the names of parameters and buffers, in float32 at least; `tortoise` gives it for
+    `torch.func.functional_call`.
 
     Args:
         decay: of the average, in [0, 1].
