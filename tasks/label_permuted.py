@@ -33,10 +33,11 @@ class LabelPermuted(ImageStream):
 
     PRESETS = {
         "upgd": Preset(
-            source="Elsayed and Mahmood (2024), label-permuted EMNIST: 10⁶ examples, new labels every 2,500",
+            source="Elsayed and Mahmood (2024), label-permuted EMNIST: 10⁶ examples, new labels every 2,500; the "
+            "optimizer is that of their repository's statistics_output_permuted_emnist.py",
             stream={"source": "emnist", "tasks": 400, "examples": 2_500, "batch_size": 1, "epochs": 1},
             network={"kind": "mlp", "hidden": [300, 150]},
-            optimizer={"kind": "upgd"},
+            optimizer={"kind": "upgd", "lr": 0.01, "noise": 0.001, "utility_decay": 0.9, "weight_decay": 0.0},
         ),
         "small": Preset(
             source="a plasticity study within a minute",

@@ -114,7 +114,8 @@ def load_images(source: str, folder: Path, *, download: bool = False, pool: int 
             and ``y_train`` (images,) of whole numbers from 0, and, where there is a test set, ``x_test`` and
             ``y_test``, and ``names`` of the classes; or a folder of class folders, or with such trees in its
             folders ``train`` and ``val`` (or ``test``). Archive and folder lie in ``folder`` unless their path is
-            absolute.
+            absolute. MNIST and CIFAR are checked against published checksums, archives and the files of all
+            named sets against ``FILE.sha256`` beside them, where there is one.
         folder: where the data are.
         download: fetch a set of `SETS` through torchvision when it is missing.
         pool: side of the squares of pixels that are averaged into one.
@@ -213,6 +214,8 @@ def _check_sums(folder: Path, where: Path) -> None:
         path = folder / file
         if path.parent == where and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             raise ValueError(f"SHA-256 of {path.name} is not that of the published file")
+    for beside in sorted(where.glob("*.sha256")):
+        check_sum_beside(beside.with_suffix(""))
 
 
 def _damaged(what: str, where: Path, error: Exception) -> str:

@@ -36,7 +36,14 @@ TABLE = {
         {"kind": "mlp", "hidden": [100, 100]},
         L2_INIT,
     ),
-    ("label_permuted", "upgd"): (400, 2_500, 1, 1, {"kind": "mlp", "hidden": [300, 150]}, {"kind": "upgd"}),
+    ("label_permuted", "upgd"): (
+        400,
+        2_500,
+        1,
+        1,
+        {"kind": "mlp", "hidden": [300, 150]},
+        {"kind": "upgd", "lr": 0.01, "noise": 0.001, "utility_decay": 0.9, "weight_decay": 0.0},
+    ),
     ("random_labels", "l2_init_mnist"): (
         50,
         1_200,

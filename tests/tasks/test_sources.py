@@ -85,9 +85,19 @@ def test_sets_in_the_format_of_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyP
     source = {"FashionMNIST": "fashion_mnist", "KMNIST": "kmnist"}[name]
     assert load_images(source, tmp_path).inputs.shape == (30, 1, 28, 28)
     file = tmp_path / name / "raw" / "train-images-idx3-ubyte"
-    file.write_bytes(file.read_bytes()[:-5])
+    whole = file.read_bytes()
+    beside = file.with_name(f"{file.name}.sha256")
+    beside.write_text(f"{hashlib.sha256(whole).hexdigest()}  {file.name}\n")
     sources._LOADED.clear()
-    with pytest.raises(ValueError, match=rf"{name}'s files in .*{name}/raw are incomplete, truncated or altered"):
+    load_images(source, tmp_path)
+    damaged = rf"{name}'s files in .*{name}/raw are incomplete, truncated or altered"
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    sources._LOADED.clear()
+    with pytest.raises(ValueError, match=f"{damaged}.*{file.name}"):
+        load_images(source, tmp_path)
+    beside.unlink()
+    file.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match=damaged):
         load_images(source, tmp_path)
 
 
