@@ -249,7 +249,11 @@ def test_ctrl_c_keeps_finished_tasks_and_resume_is_identical(config, tmp_path, w
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(command(*study, "--out", str(whole)), check=True, capture_output=True)
     process = subprocess.Popen(
-        command(*study, "--out", str(broken)), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(*study, "--out", str(broken)),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     deadline = time.monotonic() + 120
     while not list(broken.glob("checkpoints/*.pt")) and time.monotonic() < deadline:
