@@ -145,16 +145,9 @@ class Moving(EulerLagrangeMethod):
 
     def optimizer(self, network: nn.Module) -> Optimizer:
         """The Euler-Lagrange optimizer."""
-        return EulerLagrange(
-            network,
-            lr=self.lr,
-            temperature=self.temperature,
-            discount=self.discount,
-            variance_rate=self.variance_rate,
-            curvature_decay=self.curvature_decay,
-            trust_region=self.trust_region,
-            motion=self.motion,
-        )
+        optimizer = super().optimizer(network)
+        optimizer.param_groups[0]["motion"] = self.motion
+        return optimizer
 
 
 def on_digits(tasks: int, seeds: int, **settings: Any) -> tuple[np.ndarray, float, float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clagrange.study.files import file_name
 from clagrange.study.findings import findings
-from clagrange.study.runner import Folder, stored_results
+from clagrange.study.store import Folder, stored_results
 from clagrange.study.summary import markdown
 
 ROOT = Path(__file__).parents[1]

@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "figure": _figure,
     }
     from clagrange.study.files import FileProblem
-    from clagrange.study.settings import SettingsError
+    from clagrange.study.problems import SettingsError
 
     try:
         return command[chosen.command](chosen[chosen.command], Console())
@@ -140,8 +140,10 @@ def _names(text: str | None) -> list[str] | None:
 def _compare(chosen: Namespace, console: Console) -> int:
     from clagrange.study.cluster import OnRay, require_ray
     from clagrange.study.output import write_output
-    from clagrange.study.runner import Folder, Interrupted, RunsFailed, run_study
-    from clagrange.study.settings import SettingsError, load_study
+    from clagrange.study.problems import SettingsError
+    from clagrange.study.runner import Interrupted, RunsFailed, run_study
+    from clagrange.study.settings import load_study
+    from clagrange.study.store import Folder
 
     if chosen.workers is not None and chosen.workers < 1:
         raise SettingsError(f"workers: expected a whole number of at least 1, got {chosen.workers}")
@@ -192,7 +194,7 @@ def _study_device(name: str) -> str:
     """
     import torch
 
-    from clagrange.study.settings import SettingsError
+    from clagrange.study.problems import SettingsError
 
     if name not in ("cpu", "cuda"):
         raise SettingsError(f"device: expected cpu or cuda, got {name!r}")
@@ -255,8 +257,8 @@ def _progress_bar(console: Console) -> Iterator[Callable[[Any], None]]:
 
 def _report(chosen: Namespace, console: Console) -> int:
     from clagrange.study.output import write_output
-    from clagrange.study.runner import Folder
-    from clagrange.study.settings import SettingsError
+    from clagrange.study.problems import SettingsError
+    from clagrange.study.store import Folder
 
     found = [path for path in (Path(chosen.folder), Path("runs") / chosen.folder) if path.is_dir()]
     folder = Folder(found[0] if found else Path(chosen.folder))
@@ -295,8 +297,9 @@ def _list(chosen: Namespace, console: Console) -> int:
     from clagrange._checks import did_you_mean
     from clagrange.metrics.registry import listing
     from clagrange.study.methods import METHODS
+    from clagrange.study.problems import SettingsError
     from clagrange.study.results import logged
-    from clagrange.study.settings import STREAMS, SettingsError
+    from clagrange.study.settings import STREAMS
 
     entries: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "methods": lambda: [_describe(name, kind) for name, kind in METHODS.items()],
@@ -334,7 +337,8 @@ def _show(chosen: Namespace, console: Console) -> int:
 
     from clagrange.study.files import require_writable
     from clagrange.study.pictures import write_samples
-    from clagrange.study.settings import STREAMS, SettingsError, construct, preset_of
+    from clagrange.study.problems import SettingsError
+    from clagrange.study.settings import STREAMS, construct, preset_of
 
     if chosen.tasks < 1:
         raise SettingsError(f"tasks: expected a whole number of at least 1, got {chosen.tasks}")
@@ -356,7 +360,7 @@ def _show(chosen: Namespace, console: Console) -> int:
 def _figure(chosen: Namespace, console: Console) -> int:
     from clagrange._checks import did_you_mean
     from clagrange.figures import FIGURES, write_figure
-    from clagrange.study.settings import SettingsError
+    from clagrange.study.problems import SettingsError
 
     if chosen.number not in FIGURES:
         raise SettingsError(
@@ -369,7 +373,7 @@ def _figure(chosen: Namespace, console: Console) -> int:
 
 
 def _verify(chosen: Namespace, console: Console) -> int:
-    from clagrange.study.settings import SettingsError
+    from clagrange.study.problems import SettingsError
     from clagrange.verify import report, run
 
     try:

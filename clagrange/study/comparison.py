@@ -14,6 +14,9 @@ from clagrange.study.significance import holm, paired_permutation_test
 
 OWN_METHODS = "euler_lagrange"
 """Methods whose names begin so are Euler-Lagrange methods."""
+NO_INTERVAL = Interval(None, None, None).as_dict()
+"""What a summary holds where there is no number."""
+_NOT_COMPARED = {"difference": NO_INTERVAL, "p": None, "p_holm": None, "improvement": NO_INTERVAL}
 
 
 def judged_by_loss(stream: Mapping[str, Any]) -> bool:
@@ -73,10 +76,9 @@ def compare(stream: Mapping[str, Any], reference: str | None = None) -> dict[str
         return {"reference": None, "methods": []}
     paired = {name: of for name, of in scores.items() if name != reference and seeds[name] == seeds[reference]}
     judged = _against(scores[reference], paired, sign)
-    nothing = {"difference": _NOTHING, "p": None, "p_holm": None, "improvement": _NOTHING}
     return {
         "reference": reference,
-        "methods": [{"name": name, **judged.get(name, nothing)} for name in scores if name != reference],
+        "methods": [{"name": name, **judged.get(name, _NOT_COMPARED)} for name in scores if name != reference],
     }
 
 
@@ -117,7 +119,6 @@ def compare_streams(streams: Sequence[Mapping[str, Any]], reference: str | None 
         reference = max(own or matrices, key=lambda name: float(matrices[name].mean()))
     others = {name: matrix for name, matrix in matrices.items() if name != reference}
     judged = _against(matrices[reference], others, 1.0)
-    nothing = {"difference": _NOTHING, "p": None, "p_holm": None, "improvement": _NOTHING}
     return {
         "streams": [stream["name"] for stream in chosen],
         "reference": reference,
@@ -126,14 +127,11 @@ def compare_streams(streams: Sequence[Mapping[str, Any]], reference: str | None 
                 "name": name,
                 "mean": float(matrix.mean()),
                 "interquartile_mean": interquartile_interval(matrix).as_dict(),
-                **judged.get(name, nothing),
+                **judged.get(name, _NOT_COMPARED),
             }
             for name, matrix in matrices.items()
         ],
     }
-
-
-_NOTHING = Interval(None, None, None).as_dict()
 
 
 def _against(reference: Array, others: Mapping[str, Array], sign: float) -> dict[str, dict[str, Any]]:

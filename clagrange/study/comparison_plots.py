@@ -14,7 +14,8 @@ from clagrange.study.statistics import Array
 
 THRESHOLDS = 301
 _PANELS_IN_A_ROW = 2
-_SCATTER_MARKERS = ("o", "s", "^")
+_SCATTER_MARKERS = {"": "o", "o": "s", "s": "^"}
+"""Of points, by the marker of the method's line."""
 
 
 def profile_figure(results: Sequence[MethodResult]) -> Any:
@@ -148,7 +149,7 @@ def cost_figure(results: Sequence[MethodResult]) -> Any:
             if of.mean is None or not seconds > 0:
                 continue
             style = styles[result.method]
-            marker = _SCATTER_MARKERS[("", "o", "s").index(style["marker"])]
+            marker = _SCATTER_MARKERS[style["marker"]]
             if of.low is not None and of.high is not None:
                 panel.plot([seconds, seconds], [of.low, of.high], color=style["color"], linewidth=1.6)
             filled = "white" if result.told_of_switches else style["color"]

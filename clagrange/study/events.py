@@ -59,7 +59,6 @@ class LiveEvents:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._writers: dict[tuple[str, str], SummaryWriter] = {}
-        self._diverged: dict[tuple[str, str], np.ndarray] = {}
 
     def add(self, stream: str, method: str, first: int, metrics: Mapping[str, np.ndarray]) -> int:
         """Add tasks of a run, (seeds, tasks) of each metric from task ``first`` on.
@@ -79,9 +78,7 @@ class LiveEvents:
             for task, value in enumerate(values, first):
                 if math.isfinite(value):
                     self._writers[run].add_scalar(tag, value, task)
-        bad = ~np.isfinite(metrics["loss"]).all(1)
-        self._diverged[run] = self._diverged.get(run, np.zeros_like(bad)) | bad
-        return int(self._diverged[run].sum())
+        return int((~np.isfinite(metrics["loss"][:, -1])).sum())  # what has diverged has no loss from then on
 
     def close(self, stream: str, method: str) -> None:
         """A run has ended."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from clagrange.study.engine import Run
+from clagrange.study.machine import cores
 from clagrange.study.settings import Study
 from clagrange.study.store import Folder, Job
 
@@ -189,8 +190,6 @@ def placement(workers: int, device: str) -> tuple[list[int | None], list[int | N
 
     Workers are pinned only where they fill all cores: fewer are left to the system, which knows what else runs.
     """
-    from clagrange.study.runner import cores
-
     own = cores()
     pinned = device == "cpu" and workers >= len(own) and hasattr(os, "sched_setaffinity")
     gpus = torch.cuda.device_count() if device == "cuda" else 0

@@ -5,48 +5,34 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clagrange.study.machine import lives, this_host
+
 PARTIAL = "partial-"
 """In the names of files that are being written, and of what a process leaves that is killed while it writes."""
 
 
-def this_host() -> str:
-    """The name of this machine, fit for a file name."""
-    return file_name(socket.gethostname())
-
-
 def partial_prefix(target: Path) -> str:
     """How the name begins of what this process writes beside ``target``."""
-    return f".{target.name}.{PARTIAL}{os.getpid()}@{this_host()}-"
+    return f".{target.name}.{PARTIAL}{os.getpid()}@{file_name(this_host())}-"
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes left half-written that are gone; processes of other machines count as living."""
     for leftover in list(folder.rglob(f".*.{PARTIAL}*")):
         writer = re.search(rf"\.{PARTIAL}(\d+)@(.+)-[^-]*$", leftover.name)
-        if writer is not None and (writer[2] != this_host() or _lives(int(writer[1]))):
-            continue
+        if writer is not None:
+            here, pid = writer[2] == file_name(this_host()), int(writer[1])
+            if not here or (pid != os.getpid() and lives(pid)):  # this one writes nothing while it asks
+                continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
-
-
-def _lives(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # nothing is being written while this is asked
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 class FileProblem(ValueError):  # noqa: N818 - says what it is

@@ -63,8 +63,13 @@ def comparisons(stream: Mapping[str, Any], results: Sequence[MethodResult]) -> d
     }
 
 
-def findings(stream: Mapping[str, Any], results: Sequence[MethodResult]) -> list[str]:
-    """What the numbers of a stream say, in sentences: nothing is claimed where an interval contains 0."""
+def findings(stream: Mapping[str, Any], results: Sequence[MethodResult] | None = None) -> list[str]:
+    """What the numbers of a stream say, in sentences: nothing is claimed where an interval contains 0.
+
+    Args:
+        stream: of a summary.
+        results: that it was made of; default: the best Euler-Lagrange method is not compared with the others.
+    """
     finished = [method for method in stream["methods"] if method["seeds"]]
     if not finished:
         return ["No method is finished."]
@@ -99,7 +104,7 @@ def findings(stream: Mapping[str, Any], results: Sequence[MethodResult]) -> list
         sentences.append(
             f"Without an interval, so nothing is claimed about their change: {_listed(said, unknown)}."
         )
-    sentences += _findings_about_own(stream, results)
+    sentences += [] if results is None else _findings_about_own(stream, results)
     diverged = [f"{m['name']} ({m['diverged']} of {len(m['seeds'])} seeds)" for m in finished if m["diverged"]]
     if diverged:
         sentences.append(

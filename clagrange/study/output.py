@@ -8,9 +8,10 @@ import yaml
 from rich.console import Console
 
 from clagrange._checks import did_you_mean
+from clagrange.study.problems import SettingsError
 from clagrange.study.results import MethodResult
-from clagrange.study.runner import Folder, stored_results
-from clagrange.study.settings import STREAMS, SettingsError
+from clagrange.study.settings import STREAMS
+from clagrange.study.store import Folder, stored_results
 from clagrange.tasks import TaskStream
 
 

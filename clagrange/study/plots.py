@@ -291,10 +291,10 @@ def _decorate(panel: Any, title: str, results: Sequence[MethodResult], *, size: 
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def decorate(panel: Any, title: str, *, size: float) -> None:
+def decorate(panel: Any, title: str, *, size: float, weight: str = "bold", tick_size: float = 9.5) -> None:
     """Frame and title of a panel."""
-    panel.set_title(title, loc="left", fontsize=size, fontweight="bold", color=INK)
-    panel.tick_params(labelsize=9.5, colors=INK, length=3)
+    panel.set_title(title, loc="left", fontsize=size, fontweight=weight, color=INK)
+    panel.tick_params(which="both", labelsize=tick_size, colors=INK, length=3)
     panel.grid(axis="y", color="#e3e3e3", linewidth=0.8)
     panel.set_axisbelow(True)
     for side in ("top", "right"):

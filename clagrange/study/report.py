@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clagrange.study.comparison import best, judged_by_loss
+from clagrange.study.comparison import NO_INTERVAL, best, judged_by_loss
 from clagrange.study.document import (
     Block,
     Code,
@@ -50,7 +50,6 @@ _MORE_COLUMNS = {
     ),
     P: "of the paired permutation test, corrected for the number of methods in the table",
 }
-_NO_INTERVAL: dict[str, float | None] = {"mean": None, "low": None, "high": None}
 _PICTURES = {
     "Learning curves": {
         "accuracy.png": "Online accuracy (the loss, where targets are numbers) over the tasks of each stream.",
@@ -187,7 +186,7 @@ def _stream_section(stream: Mapping[str, Any], results: Sequence[MethodResult]) 
             else []
         ),
         Heading("What the numbers say", 3),
-        Points(findings(stream, results)) if results else Points(_without_runs(stream)),
+        Points(_said(stream, results)),
     ]
     judged = stream.get("comparisons") or {"methods": []}
     if judged["methods"]:
@@ -196,10 +195,11 @@ def _stream_section(stream: Mapping[str, Any], results: Sequence[MethodResult]) 
     return blocks
 
 
-def _without_runs(stream: Mapping[str, Any]) -> list[str]:
-    return ["The results by task are not stored here, so that methods are not compared with each other."] + [
-        sentence for sentence in findings(stream, []) if "alone" not in sentence
-    ]
+def _said(stream: Mapping[str, Any], results: Sequence[MethodResult]) -> list[str]:
+    if results:
+        return findings(stream, results)
+    missing = "The results by task are not stored here, so that methods are not compared with each other."
+    return [missing, *findings(stream)]
 
 
 def score_table(stream: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -210,8 +210,8 @@ def score_table(stream: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     shown = []
     for method, cells in zip(stream["methods"], rows(stream), strict=True):
         own = dict(zip(columns(stream), cells, strict=True))
-        middle = spread(method.get("interquartile_mean", _NO_INTERVAL), loss=loss)
-        slope = method.get("plasticity_slope", _NO_INTERVAL)
+        middle = spread(method.get("interquartile_mean", NO_INTERVAL), loss=loss)
+        slope = method.get("plasticity_slope", NO_INTERVAL)
         extra = {
             INTERQUARTILE: middle,
             SLOPE: spread(slope, signed=True, loss=True) if loss else _points_per_task(slope),

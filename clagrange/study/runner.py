@@ -1,9 +1,8 @@
 """All runs of a study: shared out, watched, interrupted, gone on with."""
 
 import contextlib
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -13,11 +12,10 @@ from clagrange.study.engine import read_checkpoint
 from clagrange.study.events import LiveEvents
 from clagrange.study.executors import Event, Executor, InProcess, Processes
 from clagrange.study.files import FileProblem
+from clagrange.study.machine import cores
 from clagrange.study.results import MethodResult
 from clagrange.study.settings import Study
-from clagrange.study.store import Folder as Folder
-from clagrange.study.store import Job
-from clagrange.study.store import stored_results as stored_results
+from clagrange.study.store import Folder, Job, stored_results
 
 WATCH_SECONDS = 0.2
 """How often whoever shows the progress is called."""
@@ -211,12 +209,6 @@ def _local(study: Study, folder: Folder, workers: int | None, jobs: int) -> Exec
     most = torch.cuda.device_count() if study.device == "cuda" else len(cores())
     wanted = min(workers or most or 1, jobs)
     return InProcess(study, folder) if wanted <= 1 else Processes(study, folder, wanted)
-
-
-def cores() -> Sequence[int]:
-    """The cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return sorted(affinity(0)) if affinity else range(os.cpu_count() or 1)
 
 
 def _steps(study: Study, stream: str, method: str) -> int:

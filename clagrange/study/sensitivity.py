@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clagrange.study.files import FileProblem
-from clagrange.study.plots import INK
+from clagrange.study.plots import INK, decorate
 
 POINTS = 0.01
 """A trial is good whose accuracy is within this of the method's best."""
@@ -255,8 +255,4 @@ def _draw_setting(panel: Any, method: MethodTrials, setting: Sensitivity) -> Non
         panel.xaxis.set_major_locator(MaxNLocator(4))
     edges = sorted((scale * (floor - 0.06 * reach), scale * (method.best + 0.1 * reach)))
     panel.set_ylim(*(edges[::-1] if by_loss else edges))
-    panel.set_title(setting.setting, loc="left", fontsize=10, color=INK, pad=3)
-    panel.tick_params(which="both", labelsize=8.5, colors=INK, length=2.5)
-    panel.grid(axis="y", color="#e3e3e3", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    decorate(panel, setting.setting, size=10, weight="normal", tick_size=8.5)

@@ -17,8 +17,7 @@ from clagrange import tasks
 from clagrange._checks import did_you_mean
 from clagrange.study.engine import Run
 from clagrange.study.methods import METHODS, Method, snake_case
-from clagrange.study.problems import Key, Problems, check_mapping, read_document
-from clagrange.study.problems import SettingsError as SettingsError
+from clagrange.study.problems import Key, Problems, SettingsError, check_mapping, read_document
 from clagrange.tasks import Preset, TaskStream
 
 T = TypeVar("T")

@@ -32,7 +32,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import clagrange
 from clagrange.study.engine import Run, read_checkpoint
-from clagrange.study.files import FileProblem, remove_leftovers, replacing, require_writable, this_host
+from clagrange.study.files import FileProblem, remove_leftovers, replacing, require_writable
+from clagrange.study.machine import beginning_of, lives, this_host
 from clagrange.study.problems import SettingsError
 from clagrange.study.results import MethodResult
 from clagrange.study.settings import Study
@@ -163,9 +164,8 @@ def settings_of(resolved: Mapping[str, Any], stream: str, method: str) -> dict[s
         KeyError: if the file has no such run.
     """
     body = resolved["streams"][stream]
-    parts = {
-        name: value for name, value in body.items() if name not in ("methods", "threshold")
-    }  # read off later
+    read_off_later = ("methods", "threshold")
+    parts = {name: value for name, value in body.items() if name not in read_off_later}
     whole = {"seeds": resolved["seeds"], **parts, "method": body["methods"][method]}
     read: dict[str, Any] = json.loads(json.dumps(whole))
     return read
@@ -426,15 +426,7 @@ def _versions(versions: set[str]) -> str:
 
 
 def _me() -> dict[str, Any]:
-    return {"host": this_host(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since the machine's start; None where nobody can tell."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+    return {"host": this_host(), "pid": os.getpid(), "started": beginning_of(os.getpid())}
 
 
 def _holder(lock: Path) -> str | None:
@@ -447,15 +439,8 @@ def _holder(lock: Path) -> str | None:
         pid, host, started = int(found["pid"]), str(found["host"]), found["started"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if host == this_host():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        if started is not None and _started(pid) != started:  # the number was given to another process
-            return None
+    if host == this_host() and not lives(pid, started):
+        return None
     return f"process {pid} on {host}"
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,9 @@ from clagrange.metrics.efficiency import area_under_curve, time_to_threshold
 from clagrange.metrics.forgetting import average_accuracy, backward_transfer, forgetting, forward_transfer
 from clagrange.metrics.plasticity import plasticity_slope
 from clagrange.study.aggregates import interquartile_interval
-from clagrange.study.comparison import best, compare, compare_streams, judged_by_loss
+from clagrange.study.comparison import NO_INTERVAL, best, compare, compare_streams, judged_by_loss
 from clagrange.study.files import FileProblem, replacing
+from clagrange.study.machine import cores
 from clagrange.study.results import MethodResult
 from clagrange.study.statistics import interval, tenths
 
@@ -72,7 +72,6 @@ _HEADERS = (
 # Of the printed table, which names diverged seeds below instead.
 _NOTHING = "-"
 _LOSS = "online loss"
-_NO_INTERVAL: dict[str, float | None] = {"mean": None, "low": None, "high": None}
 _PRINTED_COLUMNS = 100
 _NARROW_NAME = 15
 
@@ -190,14 +189,13 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     ``cores`` are those that this process may use, ``threads`` those that torch uses.
     """
     where = torch.device(device)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "clagrange": clagrange.__version__,
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": usable,
+        "cores": len(cores()),
         "threads": torch.get_num_threads(),
         "device": f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else str(where),
     }
@@ -232,7 +230,7 @@ def forgetting_rows(stream: Mapping[str, Any]) -> list[list[str]]:
     return [
         [method["name"], *(spread(method[key], signed=key != "average_accuracy") for key in FORGETTING)]
         for method in stream["methods"]
-        if method.get("average_accuracy", _NO_INTERVAL)["mean"] is not None
+        if method.get("average_accuracy", NO_INTERVAL)["mean"] is not None
     ]
 
 
@@ -388,17 +386,17 @@ def _method(
             "name": name,
             "told_of_switches": None if result is None else result.told_of_switches,
             "seeds": [],
-            "online_accuracy": dict(_NO_INTERVAL),
-            "loss": dict(_NO_INTERVAL),
+            "online_accuracy": dict(NO_INTERVAL),
+            "loss": dict(NO_INTERVAL),
             "by_seed": [],
-            "interquartile_mean": dict(_NO_INTERVAL),
+            "interquartile_mean": dict(NO_INTERVAL),
             "first_tenth": None,
             "last_tenth": None,
-            "change": dict(_NO_INTERVAL),
+            "change": dict(NO_INTERVAL),
             "model_steps_per_second": None,
             "seconds": None,
             "diverged": None,
-            **{key: dict(_NO_INTERVAL) for key in (*OVER_TASKS, *FORGETTING)},
+            **{key: dict(NO_INTERVAL) for key in (*OVER_TASKS, *FORGETTING)},
         }
     by_seed = result.metrics[measure].mean(1)
     first, last = tenths(result.metrics[measure])
@@ -426,7 +424,7 @@ def _method(
 
 def _over_tasks(result: MethodResult, threshold: float | None) -> dict[str, dict[str, float | None]]:
     """What the curve over the tasks says: how it slopes, how high it is, and when it crosses a threshold."""
-    found = {key: dict(_NO_INTERVAL) for key in OVER_TASKS}
+    found = {key: dict(NO_INTERVAL) for key in OVER_TASKS}
     curve = torch.tensor(result.metrics[result.measure])
     if result.tasks > 1:
         found["plasticity_slope"] = interval(plasticity_slope(curve).slope.numpy()).as_dict()
@@ -445,7 +443,7 @@ def _over_tasks(result: MethodResult, threshold: float | None) -> dict[str, dict
 def _forgetting(result: MethodResult) -> dict[str, dict[str, float | None]]:
     """What the accuracies on the test examples of all tasks say."""
     if result.matrix is None or result.tasks < 2:
-        return {key: dict(_NO_INTERVAL) for key in FORGETTING}
+        return {key: dict(NO_INTERVAL) for key in FORGETTING}
     untrained, matrix = (torch.from_numpy(part) for part in (result.matrix[:, 0], result.matrix[:, 1:]))
     found = {
         "average_accuracy": average_accuracy(matrix),

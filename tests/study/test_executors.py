@@ -12,7 +12,7 @@ import torch
 import yaml
 from stored import assert_same
 
-from clagrange.study import cluster, runner
+from clagrange.study import cluster, executors
 from clagrange.study.executors import Processes, placement
 from clagrange.study.runner import Progress, RunsFailed, run_study
 from clagrange.study.settings import load_study
@@ -44,7 +44,7 @@ def in_this_process(study, path):
 
 
 def test_workers_are_pinned_where_they_fill_all_cores_and_have_a_gpu_each(monkeypatch):
-    monkeypatch.setattr(runner, "cores", lambda: [2, 5])
+    monkeypatch.setattr(executors, "cores", lambda: [2, 5])
     assert placement(2, "cpu") == ([2, 5], [None, None])
     assert placement(3, "cpu") == ([2, 5, 2], [None] * 3)
     assert placement(1, "cpu") == ([None], [None])

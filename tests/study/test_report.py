@@ -655,10 +655,34 @@ def test_what_is_forgotten_has_a_table_and_survives_its_file(undrawn):
     assert "63.3 [63.3, 63.3]" in page
 
 
+def test_a_flipped_bit_in_a_result_is_noticed_or_changes_nothing(tmp_path):
+    path, result = tmp_path / "result.parquet", fake("sgd", shape=(2, 3))
+    result.write(path)
+    whole, noticed = path.read_bytes(), 0
+    for place in range(0, len(whole), max(1, len(whole) // 150)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            again = MethodResult.read(path)
+        except FileProblem:
+            noticed += 1
+        else:
+            assert (again.seconds, again.seeds, again.told_of_switches) == (
+                result.seconds,
+                result.seeds,
+                result.told_of_switches,
+            )
+            for name in METRICS:
+                np.testing.assert_array_equal(again.metrics[name], result.metrics[name])
+    assert noticed > 40
+
+
 def test_results_of_a_version_that_measured_less_are_read(tmp_path):
     result = fake("sgd")
     result.write(tmp_path / "result.parquet")
     whole = pq.read_table(tmp_path / "result.parquet")
+    about = json.loads(whole.schema.metadata[b"clagrange"])
+    del about["checksum"]
+    whole = whole.replace_schema_metadata({"clagrange": json.dumps(about)})
     pq.write_table(whole.drop_columns(["dormant_units"]), tmp_path / "result.parquet")
     read = MethodResult.read(tmp_path / "result.parquet")
     assert np.isnan(read.metrics["dormant_units"]).all()

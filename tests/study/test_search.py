@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clagrange.study.problems import SettingsError
 from clagrange.study.search import Dimension, load_search, run_search, study_of_winners
-from clagrange.study.settings import SettingsError, load_study, read_yaml
+from clagrange.study.settings import load_study, read_yaml
 
 ROOT = Path(__file__).parents[2]
 SEARCH = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from clagrange.study.settings import METHODS, STREAMS, SettingsError, load_study, read_yaml
+from clagrange.study.problems import SettingsError
+from clagrange.study.settings import METHODS, STREAMS, load_study, read_yaml
 from clagrange.study.store import Origin
 
 STUDY = {

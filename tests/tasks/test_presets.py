@@ -6,7 +6,8 @@ import pytest
 from streams import write_data
 
 from clagrange.cli import main
-from clagrange.study.settings import STREAMS, SettingsError, load_study
+from clagrange.study.problems import SettingsError
+from clagrange.study.settings import STREAMS, load_study
 from clagrange.tasks import PermutedDigits, Preset, SlowlyChangingRegression
 
 L2_INIT = {"kind": ("sgd", "adam"), "lr": {"sgd": (0.01, 0.001), "adam": (1e-3, 1e-4)}}

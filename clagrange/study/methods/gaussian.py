@@ -57,42 +57,6 @@ class EulerLagrange(Method):
 
 
 @dataclass(frozen=True)
-class EulerLagrangeInjection(EulerLagrange):
-    """Gaussian weights along the Euler-Lagrange flow, with variance injected at every switch.
-
-    Settings beside these are those of `EulerLagrange`.
-
-    Args:
-        strength: of the sampled injection, in [0, 1].
-        widen: fraction by which precisions move to the prior's at a switch.
-        multiply: factor of the variance at a switch.
-        draw: "prior" or "posterior", what the mean is drawn from.
-        where: "everywhere", "low_curvature" or "low_utility".
-        share: of the weights or units, with ``where``.
-        over: steps over which the injection is spread.
-        equilibrium: steps after which precisions go to the equilibrium of the new curvature; 0: they do not.
-        detector: of switches that are not announced: "cusum", "page_hinkley", "predictive_surprise" or
-            "energy_jump"; null goes by the announcement.
-        threshold: of the detector; null for its default.
-    """
-
-    strength: float = 1.0
-    widen: float = 0.0
-    multiply: float = 1.0
-    draw: str = "prior"
-    where: str = "everywhere"
-    share: float = 0.5
-    over: int = 1
-    equilibrium: int = 0
-    detector: str | None = None
-    threshold: float | None = None
-
-    def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
-        """Variance injection."""
-        return [_injection(self, seeds)]
-
-
-@dataclass(frozen=True)
 class EulerLagrangeKronecker(Method):
     """Matrix-Gaussian weights along the Euler-Lagrange flow, not told of switches.
 
@@ -142,10 +106,8 @@ class EulerLagrangeKronecker(Method):
 
 
 @dataclass(frozen=True)
-class EulerLagrangeKroneckerInjection(EulerLagrangeKronecker):
-    """Matrix-Gaussian weights along the Euler-Lagrange flow, with variance injected at every switch.
-
-    Settings beside these are those of `EulerLagrangeKronecker`.
+class _Injection(Method):
+    """Variance injected at every switch, beside the settings of another method.
 
     Args:
         strength: of the sampled injection, in [0, 1].
@@ -161,8 +123,7 @@ class EulerLagrangeKroneckerInjection(EulerLagrangeKronecker):
         threshold: of the detector; null for its default.
     """
 
-    prior_pull: float = 0.0
-    strength: float = 0.3
+    strength: float = 1.0
     widen: float = 0.0
     multiply: float = 1.0
     draw: str = "prior"
@@ -175,24 +136,40 @@ class EulerLagrangeKroneckerInjection(EulerLagrangeKronecker):
 
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """Variance injection."""
-        return [_injection(self, seeds)]
+        return [
+            interventions.VarianceInjection(
+                self.strength,
+                self.widen,
+                seed=seeds,
+                multiply=self.multiply,
+                draw=self.draw,
+                where=self.where,
+                share=self.share,
+                over=self.over,
+                equilibrium=self.equilibrium,
+                detector=_detector(self.detector, self.threshold, seeds),
+            )
+        ]
 
 
-def _injection(
-    method: "EulerLagrangeInjection | EulerLagrangeKroneckerInjection", seeds: int | Sequence[int]
-) -> Intervention:
-    return interventions.VarianceInjection(
-        method.strength,
-        method.widen,
-        seed=seeds,
-        multiply=method.multiply,
-        draw=method.draw,
-        where=method.where,
-        share=method.share,
-        over=method.over,
-        equilibrium=method.equilibrium,
-        detector=_detector(method.detector, method.threshold, seeds),
-    )
+@dataclass(frozen=True)
+class EulerLagrangeInjection(_Injection, EulerLagrange):
+    """Gaussian weights along the Euler-Lagrange flow, with variance injected at every switch.
+
+    Its settings are those of `EulerLagrange`, and then those of `clagrange.interventions.VarianceInjection`.
+    """
+
+
+@dataclass(frozen=True)
+class EulerLagrangeKroneckerInjection(_Injection, EulerLagrangeKronecker):
+    """Matrix-Gaussian weights along the Euler-Lagrange flow, with variance injected at every switch.
+
+    Its settings are those of `EulerLagrangeKronecker`, and then those of
+    `clagrange.interventions.VarianceInjection`.
+    """
+
+    prior_pull: float = 0.0
+    strength: float = 0.3
 
 
 _DETECTORS: dict[str, Any] = {

@@ -64,7 +64,7 @@ class AdamL2(Method):
 
 
 @dataclass(frozen=True)
-class AdamInputNormalization(Method):
+class AdamInputNormalization(Adam):
     """Adam on inputs normalised by their running mean and variance: the control for input conditioning.
 
     Args:
@@ -72,11 +72,6 @@ class AdamInputNormalization(Method):
     """
 
     source = "control"
-    lr: float = 1e-3
-
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """torch's Adam."""
-        return adam(network, self.lr)
 
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """Running normalisation of the inputs."""
@@ -120,7 +115,7 @@ class Crelu(BasedMethod):
 
 
 @dataclass(frozen=True)
-class FreshNetwork(Method):
+class FreshNetwork(Adam):
     """A fresh network for every task, trained by Adam: what a network without a past reaches.
 
     Args:
@@ -128,11 +123,6 @@ class FreshNetwork(Method):
     """
 
     source = "control"
-    lr: float = 1e-3
-
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """torch's Adam."""
-        return adam(network, self.lr)
 
     def interventions(self, seeds: int | Sequence[int]) -> list[Intervention]:
         """Reset of weights and optimizer at every switch."""
