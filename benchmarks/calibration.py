@@ -37,7 +37,7 @@ from clagrange.metrics.intervals import interval
 from clagrange.networks import cross_entropy, mlp
 from clagrange.optim import EulerLagrange
 from clagrange.study.files import write_json
-from clagrange.study.summary import environment
+from clagrange.study.machine import environment
 
 VALIDATION, SHIFTED = 5_000, 2_000
 BATCH, SAMPLES = 64, 32

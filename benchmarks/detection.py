@@ -27,8 +27,8 @@ from clagrange.interventions import (
 )
 from clagrange.study.engine import Run
 from clagrange.study.files import write_json
+from clagrange.study.machine import environment
 from clagrange.study.methods import METHODS, Method
-from clagrange.study.summary import environment
 from clagrange.tasks import PermutedDigits
 
 DETECTORS: dict[str, type[Detector]] = {

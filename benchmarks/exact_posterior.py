@@ -30,7 +30,7 @@ from clagrange.gaussian import (
 from clagrange.gaussian.kronecker import Factors
 from clagrange.optim import EulerLagrange
 from clagrange.study.files import write_json
-from clagrange.study.summary import environment
+from clagrange.study.machine import environment
 
 
 # -------------------------------------------------------------------------------------------------- the problem

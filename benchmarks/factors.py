@@ -24,7 +24,7 @@ from clagrange.gaussian.factors import damped_inverse, follow
 from clagrange.gaussian.kronecker import Factors
 from clagrange.networks import mlp
 from clagrange.study.files import write_json
-from clagrange.study.summary import environment
+from clagrange.study.machine import environment
 from clagrange.tasks import PermutedDigits
 
 RATE, BATCH, INTERVAL = 0.01, 64, 10

@@ -26,8 +26,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from clagrange.study.files import replacing
-from clagrange.study.statistics import tenths
-from clagrange.study.summary import percent
+from clagrange.study.reporting.statistics import tenths
+from clagrange.study.reporting.summary import percent
 from clagrange.tasks import TabularDrift
 from clagrange.tasks.base import data_folder
 

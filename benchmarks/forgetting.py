@@ -39,7 +39,7 @@ from clagrange.metrics.matrix_metrics import AccuracyMatrix
 from clagrange.networks import mlp
 from clagrange.strategies import EulerLagrange, InterventionPlugin
 from clagrange.study.files import write_json
-from clagrange.study.summary import environment
+from clagrange.study.machine import environment
 from clagrange.tasks import SplitClasses, Task
 from clagrange.tasks.split_classes import SCENARIOS
 

@@ -21,7 +21,7 @@ from clagrange import interventions
 from clagrange.interventions import Intervention
 from clagrange.networks import mlp
 from clagrange.study.files import write_json
-from clagrange.study.summary import environment
+from clagrange.study.machine import environment
 
 PLAIN = "SGD"
 

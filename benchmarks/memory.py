@@ -20,8 +20,8 @@ from speed import medians
 
 from clagrange.study.engine import Run
 from clagrange.study.files import write_json
+from clagrange.study.machine import environment
 from clagrange.study.methods import METHODS
-from clagrange.study.summary import environment
 from clagrange.tasks import PermutedDigits
 
 NOTED = (1, 10, 100, 500, 1_000)

@@ -29,9 +29,9 @@ from clagrange.optim import EulerLagrange
 from clagrange.optim.motion import motion_resistance, widened_precision
 from clagrange.study.engine import Run
 from clagrange.study.files import write_json
+from clagrange.study.machine import environment
 from clagrange.study.methods import EulerLagrange as EulerLagrangeMethod
 from clagrange.study.methods import EulerLagrangeInjection
-from clagrange.study.summary import environment
 from clagrange.tasks import PermutedDigits
 
 

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from clagrange.study.files import file_name
-from clagrange.study.findings import findings
+from clagrange.study.reporting.findings import findings
+from clagrange.study.reporting.summary import markdown
 from clagrange.study.store import Folder, stored_results
-from clagrange.study.summary import markdown
 
 ROOT = Path(__file__).parents[1]
 MANY = 5

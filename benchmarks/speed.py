@@ -25,8 +25,8 @@ from clagrange.networks import mlp
 from clagrange.optim import EulerLagrange
 from clagrange.study.engine import Run
 from clagrange.study.files import write_json
+from clagrange.study.machine import environment
 from clagrange.study.methods import METHODS
-from clagrange.study.summary import environment
 from clagrange.tasks import PermutedDigits
 
 

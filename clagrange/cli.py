@@ -139,8 +139,8 @@ def _names(text: str | None) -> list[str] | None:
 
 def _compare(chosen: Namespace, console: Console) -> int:
     from clagrange.study.cluster import OnRay, require_ray
-    from clagrange.study.output import write_output
     from clagrange.study.problems import SettingsError
+    from clagrange.study.reporting.output import write_output
     from clagrange.study.runner import Interrupted, RunsFailed, run_study
     from clagrange.study.settings import load_study
     from clagrange.study.store import Folder
@@ -256,8 +256,8 @@ def _progress_bar(console: Console) -> Iterator[Callable[[Any], None]]:
 
 
 def _report(chosen: Namespace, console: Console) -> int:
-    from clagrange.study.output import write_output
     from clagrange.study.problems import SettingsError
+    from clagrange.study.reporting.output import write_output
     from clagrange.study.store import Folder
 
     found = [path for path in (Path(chosen.folder), Path("runs") / chosen.folder) if path.is_dir()]
@@ -336,8 +336,8 @@ def _show(chosen: Namespace, console: Console) -> int:
     import yaml
 
     from clagrange.study.files import require_writable
-    from clagrange.study.pictures import write_samples
     from clagrange.study.problems import SettingsError
+    from clagrange.study.reporting.pictures import write_samples
     from clagrange.study.settings import STREAMS, construct, preset_of
 
     if chosen.tasks < 1:

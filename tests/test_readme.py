@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clagrange.study.summary import markdown
+from clagrange.study.reporting.summary import markdown
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -1,9 +1,15 @@
 """The machine that this process runs on, and which other processes live there."""
 
 import os
+import platform
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+
+import clagrange
 
 
 def this_host() -> str:
@@ -39,3 +45,31 @@ def beginning_of(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Versions and machine: python, torch, clagrange, platform, processor, cores, threads, device.
+
+    ``cores`` are those that this process may use, ``threads`` those that torch uses.
+    """
+    where = torch.device(device)
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "clagrange": clagrange.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(cores()),
+        "threads": torch.get_num_threads(),
+        "device": f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else str(where),
+    }
+
+
+def _processor() -> str:
+    """The processor's model name, or what the platform calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line)
+    return next(names, "") or platform.processor() or platform.machine()

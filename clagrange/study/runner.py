@@ -9,10 +9,10 @@ from datetime import timedelta
 import torch
 
 from clagrange.study.engine import read_checkpoint
-from clagrange.study.events import LiveEvents
 from clagrange.study.executors import Event, Executor, InProcess, Processes
 from clagrange.study.files import FileProblem
 from clagrange.study.machine import cores
+from clagrange.study.reporting.events import LiveEvents
 from clagrange.study.results import MethodResult
 from clagrange.study.settings import Study
 from clagrange.study.store import Folder, Job, stored_results

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from clagrange.metrics.intervals import Interval
-from clagrange.study.aggregates import (
+from clagrange.study.reporting.aggregates import (
     improvement,
     improvement_interval,
     interquartile_interval,

@@ -7,10 +7,10 @@ import pytest
 from matplotlib.text import Text
 
 from clagrange.metrics.intervals import interval
-from clagrange.study.comparison import compare, compare_streams, own_best, ranking
-from clagrange.study.comparison_plots import cost_figure, improvement_figure, profile_figure
+from clagrange.study.reporting.comparison import compare, compare_streams, own_best, ranking
+from clagrange.study.reporting.comparison_plots import cost_figure, improvement_figure, profile_figure
+from clagrange.study.reporting.significance import holm
 from clagrange.study.results import METRICS, MethodResult
-from clagrange.study.significance import holm
 
 
 def stream(name, scores, *, measure="online_accuracy", seeds=None):

@@ -16,9 +16,9 @@ from clagrange.study import engine
 from clagrange.study.engine import Run
 from clagrange.study.files import FileProblem
 from clagrange.study.methods import METHODS
+from clagrange.study.reporting.summary import summarize
 from clagrange.study.results import METRICS, MethodResult
 from clagrange.study.search import stacked
-from clagrange.study.summary import summarize
 from clagrange.tasks import (
     IncrementalCIFAR,
     PermutedDigits,

@@ -7,7 +7,7 @@ from PIL import Image
 from streams import STREAMS, write_data
 
 from clagrange.cli import main
-from clagrange.study.pictures import image_of, sample_figure
+from clagrange.study.reporting.pictures import image_of, sample_figure
 from clagrange.tasks import SplitClasses
 
 

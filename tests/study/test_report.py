@@ -17,17 +17,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from clagrange.study.comparison import best, own_best
-from clagrange.study.events import write_events
 from clagrange.study.files import FileProblem
-from clagrange.study.findings import comparisons, findings
-from clagrange.study.plots import accuracy_figure, running_mean, spread_apart, write_plots
-from clagrange.study.report import write_report
-from clagrange.study.results import METRICS, MethodResult
-from clagrange.study.sensitivity import method_trials
-from clagrange.study.statistics import interval
-from clagrange.study.summary import (
-    environment,
+from clagrange.study.machine import environment
+from clagrange.study.reporting.comparison import best, own_best
+from clagrange.study.reporting.events import write_events
+from clagrange.study.reporting.findings import comparisons, findings
+from clagrange.study.reporting.plots import accuracy_figure, running_mean, spread_apart, write_plots
+from clagrange.study.reporting.report import write_report
+from clagrange.study.reporting.sensitivity import method_trials
+from clagrange.study.reporting.statistics import interval
+from clagrange.study.reporting.summary import (
     heading,
     markdown,
     read_summary,
@@ -36,6 +35,7 @@ from clagrange.study.summary import (
     table,
     write_summary,
 )
+from clagrange.study.results import METRICS, MethodResult
 
 ROOT = Path(__file__).parents[2]
 TASKS, SEEDS = 20, 4
@@ -725,7 +725,7 @@ def test_events_hold_means_and_intervals_and_replace_the_old(results, tmp_path):
 
 def test_importing_the_parts_loads_neither_matplotlib_nor_tensorboard():
     modules = ", ".join(
-        f"clagrange.study.{name}"
+        f"clagrange.study.reporting.{name}"
         for name in ("comparison_plots", "events", "plots", "report", "sensitivity", "statistics", "summary")
     )
     heavy = ("matplotlib", "tensorboard", "scipy.stats")

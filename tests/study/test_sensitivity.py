@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clagrange.study.files import FileProblem
-from clagrange.study.sensitivity import method_trials, read_searches, sensitivity_figure
+from clagrange.study.reporting.sensitivity import method_trials, read_searches, sensitivity_figure
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from clagrange.study.significance import holm, paired_permutation_test, pairs_needed, smallest_p
+from clagrange.study.reporting.significance import holm, paired_permutation_test, pairs_needed, smallest_p
 
 
 def by_signs(differences):

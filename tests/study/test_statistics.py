@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from clagrange.study.reporting.statistics import Interval, band, interval, paired_difference, tenths
 from clagrange.study.results import METRICS, MethodResult
-from clagrange.study.statistics import Interval, band, interval, paired_difference, tenths
 
 
 def result(accuracy, *, stream="digits", method="sgd", seeds=None):

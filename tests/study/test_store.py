@@ -175,13 +175,13 @@ def test_damaged_parts_are_reported_and_computed_again(study, folder, damage):
 
 def test_the_version_knows_the_sources_that_numbers_depend_on(tmp_path, monkeypatch):
     package = tmp_path / "clagrange"
-    (package / "study").mkdir(parents=True)
+    (package / "study" / "reporting").mkdir(parents=True)
     (tmp_path / "pyproject.toml").touch()
-    for name in ("__init__.py", "cli.py", "study/engine.py", "study/report.py"):
+    for name in ("__init__.py", "cli.py", "study/engine.py", "study/reporting/report.py"):
         (package / name).write_text("1")
     monkeypatch.setattr("clagrange.__file__", str(package / "__init__.py"))
     versions = []
-    for name in ("cli.py", "study/report.py", "study/engine.py"):
+    for name in ("cli.py", "study/reporting/report.py", "study/engine.py"):
         versions.append(code_version.__wrapped__())
         (package / name).write_text("2")
     versions.append(code_version.__wrapped__())

@@ -7,10 +7,18 @@ from typing import Any
 import numpy as np
 
 from clagrange.metrics.intervals import interval
-from clagrange.study.aggregates import improvement, performance_profile
-from clagrange.study.plots import INK, MEASURES, by_stream, decorate, draw_legend, label_ends, method_styles
+from clagrange.study.reporting.aggregates import improvement, performance_profile
+from clagrange.study.reporting.plots import (
+    INK,
+    MEASURES,
+    by_stream,
+    decorate,
+    draw_legend,
+    label_ends,
+    method_styles,
+)
+from clagrange.study.reporting.statistics import Array
 from clagrange.study.results import MethodResult
-from clagrange.study.statistics import Array
 
 THRESHOLDS = 301
 _PANELS_IN_A_ROW = 2

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clagrange.study.comparison import OWN_METHODS, judged_by_loss, own_best, ranking
+from clagrange.study.reporting.comparison import OWN_METHODS, judged_by_loss, own_best, ranking
+from clagrange.study.reporting.statistics import Interval, paired_difference
+from clagrange.study.reporting.summary import number, spread
 from clagrange.study.results import MethodResult
-from clagrange.study.statistics import Interval, paired_difference
-from clagrange.study.summary import number, spread
 
 
 def in_short(stream: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import clagrange
 from clagrange.metrics.efficiency import area_under_curve, time_to_threshold
 from clagrange.metrics.forgetting import average_accuracy, backward_transfer, forgetting, forward_transfer
 from clagrange.metrics.plasticity import plasticity_slope
-from clagrange.study.aggregates import interquartile_interval
-from clagrange.study.comparison import NO_INTERVAL, best, compare, compare_streams, judged_by_loss
 from clagrange.study.files import FileProblem, replacing
-from clagrange.study.machine import cores
+from clagrange.study.reporting.aggregates import interquartile_interval
+from clagrange.study.reporting.comparison import NO_INTERVAL, best, compare, compare_streams, judged_by_loss
+from clagrange.study.reporting.statistics import interval, tenths
 from clagrange.study.results import MethodResult
-from clagrange.study.statistics import interval, tenths
 
 SCHEMA = 1
 """Version of the form of `summary.json`; raised when a key changes its meaning or goes away."""
@@ -109,7 +106,7 @@ def summarize(
     Args:
         results: in the order of the study.
         status: how the study ended, for instance "complete" or "interrupted".
-        environment: what `environment` gave.
+        environment: what `clagrange.study.machine.environment` gave.
         planned: names of the methods of each stream; by default those with a result.
         tasks: number of tasks of each stream; by default the largest among its results.
         equally_hard: `clagrange.tasks.TaskStream.equally_hard` of each stream; by default True.
@@ -181,24 +178,6 @@ def read_summary(directory: Path) -> dict[str, Any]:
     if not known:
         raise FileProblem(f"{path}: expected a summary of schema {SCHEMA}; it is from a later version")
     return summary
-
-
-def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Versions and machine: python, torch, clagrange, platform, processor, cores, threads, device.
-
-    ``cores`` are those that this process may use, ``threads`` those that torch uses.
-    """
-    where = torch.device(device)
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "clagrange": clagrange.__version__,
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": len(cores()),
-        "threads": torch.get_num_threads(),
-        "device": f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else str(where),
-    }
 
 
 def columns(stream: Mapping[str, Any]) -> list[str]:
@@ -459,13 +438,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return _NOTHING
     return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
-
-
-def _processor() -> str:
-    """The processor's model name, or what the platform calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line)
-    return next(names, "") or platform.processor() or platform.machine()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clagrange.study.files import file_name, partial_prefix
+from clagrange.study.reporting.statistics import band
 from clagrange.study.results import MethodResult
-from clagrange.study.statistics import band
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

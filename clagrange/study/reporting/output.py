@@ -43,12 +43,13 @@ def write_output(
         SettingsError: if no stream has a method of the name ``reference``.
         FileProblem: if a file is damaged.
     """
-    from clagrange.study.events import write_events
-    from clagrange.study.plots import write_plots
-    from clagrange.study.report import write_report
-    from clagrange.study.sensitivity import read_searches
-    from clagrange.study.summary import environment, read_summary, summarize, table, write_summary
-    from clagrange.study.summary import markdown as as_markdown
+    from clagrange.study.machine import environment
+    from clagrange.study.reporting.events import write_events
+    from clagrange.study.reporting.plots import write_plots
+    from clagrange.study.reporting.report import write_report
+    from clagrange.study.reporting.sensitivity import read_searches
+    from clagrange.study.reporting.summary import markdown as as_markdown
+    from clagrange.study.reporting.summary import read_summary, summarize, table, write_summary
 
     found_searches = read_searches(searches)
     if folder.config.is_file():

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from clagrange.metrics.intervals import Array, Interval, interval
-from clagrange.study.aggregates import improvement_interval, interquartile_interval
-from clagrange.study.significance import holm, paired_permutation_test
+from clagrange.study.reporting.aggregates import improvement_interval, interquartile_interval
+from clagrange.study.reporting.significance import holm, paired_permutation_test
 
 OWN_METHODS = "euler_lagrange"
 """Methods whose names begin so are Euler-Lagrange methods."""

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clagrange.study.comparison import NO_INTERVAL, best, judged_by_loss
-from clagrange.study.document import (
+from clagrange.study.files import file_name, replacing
+from clagrange.study.reporting.comparison import NO_INTERVAL, best, judged_by_loss
+from clagrange.study.reporting.document import (
     Block,
     Code,
     Grid,
@@ -19,13 +20,11 @@ from clagrange.study.document import (
     as_latex,
     as_markdown,
 )
-from clagrange.study.files import file_name, replacing
-from clagrange.study.findings import findings, in_short
-from clagrange.study.plots import write_figure, write_plots
-from clagrange.study.results import METRICS, MethodResult
-from clagrange.study.sensitivity import LOSS_FACTOR, MethodTrials, Sensitivity, sensitivity_figure
-from clagrange.study.significance import pairs_needed, smallest_p
-from clagrange.study.summary import (
+from clagrange.study.reporting.findings import findings, in_short
+from clagrange.study.reporting.plots import write_figure, write_plots
+from clagrange.study.reporting.sensitivity import LOSS_FACTOR, MethodTrials, Sensitivity, sensitivity_figure
+from clagrange.study.reporting.significance import pairs_needed, smallest_p
+from clagrange.study.reporting.summary import (
     COLUMNS,
     FORGETTING,
     columns,
@@ -35,6 +34,7 @@ from clagrange.study.summary import (
     rows,
     spread,
 )
+from clagrange.study.results import METRICS, MethodResult
 
 LEVEL = 0.05
 """Of significance, about which the report says whether the seeds can reach it."""
@@ -92,7 +92,8 @@ def write_report(
 
     Args:
         directory: the study's folder.
-        summary: what `clagrange.study.summary.summarize` gave for the results, also an older one that knows less.
+        summary: what `clagrange.study.reporting.summary.summarize` gave for the results, also an older one that
+            knows less.
         results: in the order of the study; none where only the summary is known.
         config_text: the resolved configuration; empty if it is not known.
         searches: what `read_searches` gave, of which the streams of the study are shown.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clagrange.study.files import FileProblem
-from clagrange.study.plots import INK, decorate
+from clagrange.study.reporting.plots import INK, decorate
 
 POINTS = 0.01
 """A trial is good whose accuracy is within this of the method's best."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from clagrange.study.document import PICTURE_DOTS_PER_INCH
 from clagrange.study.files import file_name, replacing
+from clagrange.study.reporting.document import PICTURE_DOTS_PER_INCH
+from clagrange.study.reporting.statistics import Array, band
 from clagrange.study.results import MethodResult
-from clagrange.study.statistics import Array, band
 
 # Tol's "muted" palette, which colour-blind readers can tell apart, its palest darkened for lines, and black.
 _COLOURS = (
@@ -57,7 +57,7 @@ def write_plots(directory: Path, results: Sequence[MethodResult]) -> list[Path]:
     """
     if not results:
         return []
-    from clagrange.study.comparison_plots import cost_figure, improvement_figure, profile_figure
+    from clagrange.study.reporting.comparison_plots import cost_figure, improvement_figure, profile_figure
 
     figures = {
         "accuracy.png": accuracy_figure(results),
