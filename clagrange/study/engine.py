@@ -1,7 +1,6 @@
 """One method on one stream: all seeds as replicas of one batched run."""
 
 import math
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from clagrange.metrics.calibration_bins import binned_calibration_error, brier_s
 from clagrange.metrics.plasticity import hits, plasticity_of_samples
 from clagrange.networks import LOSSES, build
 from clagrange.replicas import stack
+from clagrange.study.clock import Clock
 from clagrange.study.files import FileProblem, replacing
 from clagrange.study.methods import Method
 from clagrange.study.results import AFTER_A_TASK, BEFORE_A_TASK, BY_LAYER, METRICS, MethodResult
@@ -97,7 +97,7 @@ class Run:
         self.interventions: list[Intervention] = method.interventions(seeds)
         self.dtype = dtype
         self.next_task = 0
-        self.seconds = 0.0
+        self._clock = Clock()
         self.measured = measured
         self.sharpness_every = sharpness_every
         self.sample_plasticity_every = sample_plasticity_every
@@ -122,13 +122,12 @@ class Run:
         if number == 0:
             self._measure_test_accuracies(0)
         self._left_out = self._outputs_left_out(tasks)
-        started = time.perf_counter()
-        for intervention in self.interventions:
-            if number == 0:
-                intervention.on_start(self.network, self.optimizer)
-            elif not first.hidden_switches:
-                intervention.switch_announced(self.network, self.optimizer)
-        self.seconds += time.perf_counter() - started
+        with self._clock.running():
+            for intervention in self.interventions:
+                if number == 0:
+                    intervention.on_start(self.network, self.optimizer)
+                elif not first.hidden_switches:
+                    intervention.switch_announced(self.network, self.optimizer)
         if self.measured:
             self._measure(tasks, BEFORE_A_TASK)
         self._follows_samples = self.measured and _is_turn(number + 1, self.sample_plasticity_every)
@@ -137,18 +136,15 @@ class Run:
         losses = torch.zeros_like(right)
         for epoch in range(first.epochs):
             for inputs, targets in self._chunks(tasks, number, epoch):
-                started = time.perf_counter()
-                for batch, answers in zip(inputs, targets, strict=True):
-                    hit, loss = self._step(batch, answers)
-                    right += hit
-                    losses += loss
-                    if on_step is not None:
-                        on_step()
-                self.seconds += time.perf_counter() - started
+                with self._clock.running():
+                    for batch, answers in zip(inputs, targets, strict=True):
+                        hit, loss = self._step(batch, answers)
+                        right += hit
+                        losses += loss
+                        if on_step is not None:
+                            on_step()
                 self._mark_diverged(~losses.isfinite())
-        started = time.perf_counter()
         self._count()
-        self.seconds += time.perf_counter() - started
         batches = first.steps_of(number) * first.epochs
         self._note("online_accuracy", right / (batches * first.batch_size))
         self._note("loss", losses / batches)
@@ -189,14 +185,16 @@ class Run:
         if self._any_diverged:
             self._freeze()
         if self._follows_samples and before is not None:
-            self._count_gain(before, inputs, targets)
+            with self._clock.stopped():
+                self._count_gain(before, inputs, targets)
         logits, losses = logits.detach(), losses.detach()
         if self.samples_weights and before is not None:
             logits, losses = before, self.loss(before, targets, reduction="none")
         if self.measured and not targets.is_floating_point():
             self._uncounted.append((logits, targets))
             if len(self._uncounted) == TOGETHER:
-                self._count()
+                with self._clock.stopped():
+                    self._count()
         if targets.is_floating_point():
             return torch.full_like(losses[:, 0], torch.nan), losses.mean(1)
         # a prediction that is not finite is wrong
@@ -231,31 +229,24 @@ class Run:
 
     def _logits_at_mean(self, inputs: Tensor) -> Tensor:
         """What the network answers in evaluation, off the clock."""
-        started = time.perf_counter()
-        with torch.no_grad(), evaluating(self.network):
-            logits = self._logits(inputs)
-        self.seconds -= time.perf_counter() - started
-        return logits
+        with self._clock.stopped(), torch.no_grad(), evaluating(self.network):
+            return self._logits(inputs)
 
     def _count(self) -> None:
-        """Add what the waiting predictions say of their calibration, off the clock."""
+        """Add what the waiting predictions say of their calibration."""
         if not self._uncounted:
             return
-        started = time.perf_counter()
         logits, targets = (torch.cat(parts, 1) for parts in zip(*self._uncounted, strict=True))
         self._uncounted = []
         probabilities = logits.softmax(-1)
         self._add("brier_score", brier_scores(probabilities, targets).sum(-1))
         self._add("calibration_error", calibration_bins(probabilities, targets))
-        self.seconds -= time.perf_counter() - started
 
     def _count_gain(self, before: Tensor, inputs: Tensor, targets: Tensor) -> None:
-        """Add what a step gained on the examples it was made on, off the clock."""
+        """Add what a step gained on the examples it was made on."""
         after = self._logits_at_mean(inputs)
-        started = time.perf_counter()
         losses = (self.loss(logits, targets, reduction="none") for logits in (before, after))
         self._add("sample_plasticity", plasticity_of_samples(*losses).sum(-1))
-        self.seconds -= time.perf_counter() - started
 
     def _add(self, name: str, values: Tensor) -> None:
         wide = values.to(torch.float64)
@@ -333,6 +324,11 @@ class Run:
         self.metrics[name][:, self.next_task] = values.detach().cpu().double().numpy()
 
     @property
+    def seconds(self) -> float:
+        """Seconds of training so far, evaluation left out."""
+        return self._clock.seconds
+
+    @property
     def tasks(self) -> int:
         """Number of tasks."""
         return self.streams[0].tasks
@@ -366,7 +362,7 @@ class Run:
             intervention.load_state_dict(state)
             intervention.on_start(self.network, self.optimizer)
         self.next_task = checkpoint["next_task"]
-        self.seconds = checkpoint["seconds"]
+        self._clock.seconds = checkpoint["seconds"]
         self._elapsed = list(checkpoint["elapsed"])
         self.metrics = {name: values.cpu().numpy() for name, values in checkpoint["metrics"].items()}
         self._matrix = None if checkpoint["matrix"] is None else checkpoint["matrix"].cpu().numpy()

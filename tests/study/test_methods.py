@@ -13,7 +13,7 @@ from torch import nn
 from clagrange import replicas
 from clagrange.cli import main
 from clagrange.gaussian import gaussian_layers
-from clagrange.study import engine
+from clagrange.study import clock
 from clagrange.study.engine import Run
 from clagrange.study.extras import EXTRAS
 from clagrange.study.ivon import IVON, IVONSampling
@@ -213,7 +213,7 @@ def test_drawn_weights_are_measured_at_the_mean(name):
 def test_measuring_at_the_mean_is_off_the_clock(monkeypatch):
     """A clock that only evaluation moves stands still in the run's seconds."""
     now = [0.0]
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
     run = Run(METHODS["mesu"](), [stream()], [8])
 
     def pass_time(network, *_):
