@@ -53,8 +53,8 @@ _SHOWING = (
     *("callbacks/", "cli.py", "configs/", "figures/", "strategies/", "verify/"),
     *("study/aggregates.py", "study/comparison.py", "study/comparison_plots.py", "study/document.py"),
     *("study/events.py", "study/findings.py", "study/output.py", "study/pictures.py", "study/plots.py"),
-    *("study/problems.py", "study/report.py", "study/search.py", "study/sensitivity.py", "study/significance.py"),
-    *("study/statistics.py", "study/summary.py"),
+    *("study/problems.py", "study/report.py", "study/samplers.py", "study/search.py", "study/search_file.py"),
+    *("study/sensitivity.py", "study/significance.py", "study/statistics.py", "study/summary.py"),
 )
 """Parts of the package that no number of a run depends on."""
 
