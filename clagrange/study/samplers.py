@@ -80,7 +80,7 @@ class Space:
         return Space(self.fixed, {name: ranges.around(settings[name]) for name, ranges in self.ranges.items()})
 
     def examples(self) -> list[Settings]:
-        """The middle of all ranges, then the same with one setting at an end of its range or at another choice."""
+        """The middle of all ranges, and the same with one setting at an end of its range or at another choice."""
         middle = self.at([0.5] * len(self.ranges))
         others = [
             {**middle, name: value} for name, dimension in self.ranges.items() for value in dimension.grid(2)
@@ -119,7 +119,7 @@ class Sampler(ABC):
             refinements: how many lie around the best of these.
         """
 
-    def check(self, space: Space, count: int) -> None:
+    def check(self, space: Space, count: int) -> None:  # noqa: B027 - most search any space
         """Raise unless a space can be searched with so many trials.
 
         Raises:

@@ -20,7 +20,6 @@ from clagrange.study.samplers import (
     Optuna,
     Plan,
     Sampler,
-    Settings,
     Space,
     shares,
 )
@@ -211,10 +210,10 @@ def _method_search(
             fixed = {name: value for name, value in values.items() if not isinstance(value, dict)}
             spaces.append(Space(fixed, ranges))
             with problems.caught(), without_its_package(reasons.append if left_out else None):
-                for settings in _examples(
-                    sampler or Halton(), spaces[-1], trials, len(alternatives), place, where
-                ):
+                for settings in spaces[-1].examples():
                     construct(METHODS, kind, settings, where)
+            with problems.caught():
+                _check_space(sampler, spaces[-1], shares(trials, len(alternatives))[place], where)
         if len(kinds) != 1:
             raise SettingsError(
                 f"expected alternatives of one kind, got {', '.join(sorted(map(str, kinds)))}", key
@@ -225,13 +224,12 @@ def _method_search(
     return MethodSearch(next(iter(kinds), label), tuple(spaces))
 
 
-def _examples(sampler: Sampler, space: Space, trials: int, count: int, place: int, key: Key) -> list[Settings]:
-    """Settings of one of ``count`` spaces to check: as they will be tried, and at the ends of the ranges."""
+def _check_space(sampler: Sampler | None, space: Space, trials: int, key: Key) -> None:
     try:
-        examples = sampler.examples(space, shares(trials, count)[place], place)
+        if sampler is not None:
+            sampler.check(space, trials)
     except ValueError as error:
         raise SettingsError(str(error), key) from error
-    return [*examples, *space.ends(examples[0])]
 
 
 def _dimension(key: Key, value: dict[str, Any], sampler: Sampler | None) -> Dimension:
@@ -299,7 +297,7 @@ def _alternatives(
             for label, method in methods[name].items():
                 for space in method.spaces[place : place + 1]:
                     with contextlib.suppress(SettingsError):  # which is noted
-                        (settings,) = Halton().points(space, 1, place)
+                        settings = space.examples()[0]
                         made[label] = construct(
                             METHODS, method.kind, settings, ("streams", name, "methods", label)
                         )
