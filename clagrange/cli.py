@@ -63,10 +63,18 @@ def _parser() -> ArgumentParser:
     report.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     commands.add_subcommand("report", report, help="the report of a study again")
 
-    tune = _Parser(description="Random search with the same number of trials for every method.")
+    tune = _Parser(
+        description="Search for good settings, with the same number of trials for every method and on other "
+        "seeds than the winners are compared on. The search file names a sampler: halton (the default: few trials"
+        " without gaps; scrambled Halton sequence of scipy), random (independent), grid (every combination, for "
+        "one or two settings), optuna, {optuna: gp} or {optuna: cmaes} (each round learns from the trials before "
+        "it; Akiba et al. 2019; needs pip install 'clagrange[optuna]')."
+    )
     tune.add_argument("config", type=str, help="a search file, or the name of one in the package: demo_search")
     tune.add_argument("--out", type=str, required=True, help="JSON file for all trials; goes on where it stopped")
-    tune.add_argument("--study", type=str, default=None, help="also write a study file with the winners")
+    tune.add_argument(
+        "--study", type=str, default=None, help="study file for the winners; default beside OUT: OUT_winners.yaml"
+    )
     commands.add_subcommand("tune", tune, help="search for good settings")
 
     listing = _Parser(description="What study files can name.")
@@ -274,16 +282,24 @@ def _report(chosen: Namespace, console: Console) -> int:
 def _tune(chosen: Namespace, console: Console) -> int:
     import torch
 
-    from clagrange.study.files import replacing
-    from clagrange.study.search import load_search, run_search, study_of_winners
+    from clagrange.study.files import replacing, require_writable
+    from clagrange.study.problems import SettingsError
+    from clagrange.study.search import run_search, study_of_winners
+    from clagrange.study.search_file import load_search
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    config, out = Path(chosen.config), Path(chosen.out)
+    winners = Path(chosen.study or out.with_name(f"{out.stem}_winners.yaml"))
+    for name, path in (("out", out), ("study", winners)):
+        if path.resolve() in {config.resolve(), *({out.resolve()} if name == "study" else ())}:
+            raise SettingsError(f"{name}: expected a file of its own, got {path}; choose another")
     search = load_search(chosen.config, left_out=lambda reason: _say(f"left out: {reason}"))
-    report = run_search(search, Path(chosen.out), lambda line: console.print(line, highlight=False))
-    if chosen.study is not None:
-        with replacing(Path(chosen.study)) as partial:
-            partial.write_text(f"# The winners of {chosen.config}.\n{study_of_winners(search, report)}")
+    require_writable(winners.parent)
+    report = run_search(search, out, lambda line: console.print(line, highlight=False, markup=False))
+    with replacing(winners) as partial:
+        partial.write_text(study_of_winners(search, report), encoding="utf-8")
+    console.print(f"winners: {winners}", highlight=False, markup=False)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Packages that only some methods or executors need and that ``pip install clagrange`` leaves out."""
+"""Packages that only some methods, samplers or executors need and that ``pip install clagrange`` leaves out."""
 
 import importlib
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ class Extra:
 
 EXTRAS = {
     "ivon": Extra("ivon", "ivon-opt", "its licence is GPL-3.0"),
+    "optuna": Extra("optuna", "optuna"),
     "ray": Extra("ray", "ray"),
     "second-order": Extra("pytorch_optimizer", "pytorch-optimizer"),
 }

@@ -160,14 +160,25 @@ def load_study(
         if stream_study is not None and stream_study.methods:
             found[name] = stream_study
     study = Study(seeds, found)
-    for stream, method in study.runs():
-        with problems.caught():
-            _try(study, stream, method, tree["streams"][stream])
-    _check_file_names(problems, study)
+    check_runs(problems, study, tree["streams"])
     problems.raise_any()
     if not found:
         raise SettingsError(f"methods: expected one of those of {', '.join(chosen)}, got {', '.join(kept)}")
     return study
+
+
+def check_runs(problems: Problems, study: Study, written: Mapping[str, Any]) -> None:
+    """Note what is wrong with the runs of a study: their settings together, and the names of their files.
+
+    Args:
+        problems: of the file that the study is from.
+        study: its runs are made, and not run.
+        written: the streams as the file has them.
+    """
+    for stream, method in study.runs():
+        with problems.caught():
+            _try(study, stream, method, written[stream])
+    _check_file_names(problems, study)
 
 
 def _try(study: Study, stream: str, method: str, written: Mapping[str, Any]) -> None:

@@ -52,7 +52,7 @@ UNKNOWN = "unknown"
 
 _SHOWING = (
     *("callbacks/", "cli.py", "configs/", "figures/", "strategies/", "verify/"),
-    *("study/problems.py", "study/reporting/", "study/search.py"),
+    *("study/problems.py", "study/reporting/", "study/samplers.py", "study/search.py", "study/search_file.py"),
 )
 """Parts of the package that no number of a run depends on."""
 

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from clagrange.study.problems import SettingsError
-from clagrange.study.search import Dimension, load_search, run_search, study_of_winners
+from clagrange.study.samplers import Dimension
+from clagrange.study.search import run_search, study_of_winners
+from clagrange.study.search_file import load_search
 from clagrange.study.settings import load_study, read_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +177,7 @@ def test_the_stored_trials_are_those_of_the_search():
     )
     for name, body in report["streams"].items():
         for label, entry in body["methods"].items():
-            first = [settings for _, settings in search.methods[name][label].first_round(search.trials)]
+            first = next(search.plan(search.methods[name][label]))
             assert [trial["settings"] for trial in entry["trials"]][: search.trials] == first
 
 

@@ -77,7 +77,9 @@ def read_searches(paths: Iterable[Path]) -> dict[str, list[MethodTrials]]:
             report = json.loads(path.read_text(encoding="utf-8"))
             for stream, body in report["streams"].items():
                 for method, entry in body["methods"].items():
-                    trials = method_trials(method, entry["trials"], first_round=report["trials"])
+                    trials = method_trials(
+                        method, entry["trials"], first_round=entry.get("spread", report["trials"])
+                    )
                     found.setdefault(stream, {})[method] = trials
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileProblem(
