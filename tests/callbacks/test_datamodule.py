@@ -1,5 +1,7 @@
 """The data module: order of batches, the three ways, resuming in the middle of a task."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 import clagrange
 from clagrange.callbacks import InterventionCallback, PlasticityMonitor, StreamDataModule, VarianceInjection
 from clagrange.interventions import ContinualBackprop
+from clagrange.networks import mlp
 from clagrange.tasks import PermutedDigits
 
 import lightning.pytorch as pl  # isort: skip
@@ -126,7 +129,8 @@ METHODS = {
 
 
 def weights(module: nn.Module) -> torch.Tensor:
-    return torch.cat([value.flatten() for value in module.state_dict().values()])
+    values = module.state_dict().values()  # beside tensors, the settings of Kronecker precisions
+    return torch.cat([value.flatten() for value in values if isinstance(value, torch.Tensor)])
 
 
 def experiment(method: str, mode: str, epochs: int) -> tuple[pl.LightningModule, list[pl.Callback], Any]:
@@ -178,11 +182,22 @@ def test_resume_from_model_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=0.0)
 
 
+def large(precision: str) -> nn.Module:
+    return clagrange.gaussianize(mlp(64, [512, 512], 10, seed=1).double(), precision=precision)
+
+
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "network",
+    [gaussian_mlp, partial(large, "diagonal"), partial(large, "kronecker")],
+    ids=["small", "large", "large, Kronecker"],
+)
+def test_two_processes_learn_what_one_learns(network: Callable[[], nn.Module], tmp_path: Path) -> None:
     ends = []
     for settings in ({}, {"devices": 2, "strategy": "ddp_fork"}):
-        model, callbacks, data = experiment("variance injection", "reload", 1)
+        model = Classifier(network(), euler_lagrange)
+        callbacks = [VarianceInjection(strength=0.5), PlasticityMonitor(every_n_steps=7)]
+        data = stream().as_datamodule(mode="reload")
         trainer(tmp_path, callbacks=callbacks, **settings).fit(model, data)
         ends.append(weights(model))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-14)
