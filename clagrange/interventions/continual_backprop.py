@@ -1,6 +1,5 @@
 """Continual backprop: generate and test."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_choice, check_fraction, check_number
-from clagrange.distributed import mean_over_processes
+from clagrange.distributed import mean_over_processes, process_count
 from clagrange.interventions.unit_reset import UnitReset, zeros_for
 from clagrange.replicas import generator_of
 from clagrange.wiring import Connection, Layer, LayerMap
@@ -115,13 +114,14 @@ class ContinualBackprop(UnitReset):
                     connection, age=zeros, mean_activation=f, utility=zeros, due=zeros.new_zeros(zeros.shape[:-1])
                 )
             )
-        group = _Group(
-            members,
-            age=torch.cat([state["age"] for state in kept], -1),
-            mean_activation=torch.cat([state["mean_activation"] for state in kept], -1),
-            utility=torch.cat([state["utility"] for state in kept], -1),
-            due=torch.stack([state["due"] for state in kept], -1),
+        ages, means, utilities = (
+            [state[name] for state in kept] for name in ("age", "mean_activation", "utility")
         )
+        counts = torch.cat([*ages, *(state["due"].unsqueeze(-1) for state in kept)], -1)
+        averages = torch.cat([*means, *utilities], -1)
+        age, due = counts.split([counts.shape[-1] - len(members), len(members)], -1)
+        mean_activation, utility = averages.split([averages.shape[-1] - age.shape[-1], age.shape[-1]], -1)
+        group = _Group(members, age, mean_activation, utility, due, counts, averages)
         for part, state in zip(group.parts(), kept, strict=True):
             state |= {name: getattr(part, name) for name in ("age", "mean_activation", "utility")}
             state["due"] = part.due[..., 0]
@@ -130,43 +130,43 @@ class ContinualBackprop(UnitReset):
     @torch.no_grad()
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Update utilities and replace the units that are due."""
-        entering = {connection.name: inputs for connection, inputs in self._active()}
+        entering, self._entering = self._entering, {}
         for group in self._groups:
-            inputs = [entering[member.name] for member in group.members if member.name in entering]
-            if len(inputs) == len(group.members):
-                self._step(group, inputs, optimizer)
+            if entering.keys() >= group.consumers:
+                self._step(group, entering, optimizer)
                 continue
             group.quiet = 0
             for part in group.parts():
-                if part.members[0].name in entering:
-                    self._step(part, [entering[part.members[0].name]], optimizer)
+                if entering.keys() >= part.consumers:
+                    self._step(part, entering, optimizer)
 
-    def _step(self, group: "_Group", entering: list[list[Tensor]], optimizer: Optimizer) -> None:
+    def _step(self, group: "_Group", entering: dict[nn.Module, Tensor], optimizer: Optimizer) -> None:
         if group.quiet and group.planned_for == (id(self.replacement_rate), self.maturity):
+            assert group.counts is not None
+            group.counts.add_(group.growth)
             self._observe(group, entering)
-            group.due += group.increment
             group.quiet -= 1
         elif self.utility in _OF_INCOMING and not self.as_published:
             # a replacement changes weights that the next layer takes for its incoming ones
-            for part, inputs in zip(group.parts(), entering, strict=True):
-                self._observe(part, [inputs])
+            for part in group.parts():
+                part.age.add_(1)
+                self._observe(part, entering)
                 self._replace_due(part, optimizer)
             self._plan(group)
         else:
+            group.age.add_(1)
             self._observe(group, entering)
             self._replace_due(group, optimizer)
             self._plan(group)
 
     # --------------------------------------------------------------------------------------- utilities
-    def _observe(self, group: "_Group", entering: list[list[Tensor]]) -> None:
-        """Ages, mean activations and utilities after one more step."""
-        group.age.add_(1)
-        activations = [
-            route.activations(inputs)
-            for route, inputs in zip(group.routes, itertools.chain.from_iterable(entering), strict=True)
-        ]
-        means = group.filled("means", _mean, activations)
-        group.mean_activation.lerp_(mean_over_processes(means), 1.0 - self.decay)
+    def _observe(self, group: "_Group", entering: dict[nn.Module, Tensor]) -> None:
+        """Mean activations and utilities after one more step; ages are those after it."""
+        activations = [route.activations(entering[route.consumer]) for route in group.routes]
+        means = group.means(activations)
+        together = self.utility == "contribution" and group.now is not None and process_count() == 1
+        if not together:
+            group.mean_activation.lerp_(mean_over_processes(means), 1.0 - self.decay)
         if self.utility == "random":
             return
         if self.utility in _CENTERED:
@@ -188,7 +188,12 @@ class ContinualBackprop(UnitReset):
             utility = group.over_consumers(utility)
             if self.utility == "adaptable_contribution":
                 utility = utility / self._incoming(group)
-        group.utility.lerp_(utility, 1.0 - self.decay)
+        if together:
+            assert group.averages is not None
+            assert group.now is not None
+            group.averages.lerp_(group.now, 1.0 - self.decay)
+        else:
+            group.utility.lerp_(utility, 1.0 - self.decay)
 
     def _incoming(self, group: "_Group") -> Tensor:
         return torch.cat([_mean_incoming(link).to(group.age.dtype) for link in group.members], -1)
@@ -235,11 +240,14 @@ class ContinualBackprop(UnitReset):
 
     def _plan(self, group: "_Group") -> None:
         """For how many steps nothing can be due: ages grow by 1 each, so that it is known beforehand."""
+        if group.counts is None:
+            return
         group.planned_for = (id(self.replacement_rate), self.maturity)
         next_age = group.age + 1
         eligible = next_age > self.maturity
-        group.increment = self._increment(group, eligible)
-        steps_left = ((1.0 - group.due) / (group.increment + torch.finfo(group.due.dtype).eps)).min() - 2.0
+        increment = self._increment(group, eligible)
+        group.growth = torch.cat([torch.ones_like(group.age), increment], -1)
+        steps_left = ((1.0 - group.due) / (increment + torch.finfo(group.due.dtype).eps)).min() - 2.0
         maturing = torch.where(eligible, math.inf, self.maturity - next_age).min()
         group.quiet = int(torch.minimum(steps_left, maturing).clamp(0, 1e9))
 
@@ -272,8 +280,10 @@ class _Group:
         mean_activation: (..., units × consumers), those of a layer's first consumer first.
         utility: (..., units).
         due: (..., layers).
+        counts: ``age`` and ``due`` in one; None for one layer of a group.
+        averages: ``mean_activation`` and ``utility`` in one; None likewise.
         quiet: number of steps in which nothing is due.
-        increment: by which ``due`` grows in these.
+        growth: of ``counts`` in each of these.
         planned_for: the settings under which this holds.
     """
 
@@ -282,17 +292,25 @@ class _Group:
     mean_activation: Tensor
     utility: Tensor
     due: Tensor
+    counts: Tensor | None = None
+    averages: Tensor | None = None
     quiet: int = 0
-    increment: Number = 0.0
+    growth: Number = 0.0
     planned_for: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         self.units = [link.units for link in self.members]
         self.routes = [_Route(link, consumer) for link in self.members for consumer in link.consumers]
+        self.consumers: set[nn.Module] = {route.consumer for route in self.routes}
         self._widths = [route.link.units for route in self.routes]
         self.rectified = all(link.rectified and all(link.rectified) for link in self.members)
         self._branched = len(self.routes) > len(self.members)
         self._buffers: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.now: Tensor | None = None  # what `averages` average, where a unit has one consumer
+        if self.averages is not None and not self._branched:
+            self.now = torch.empty_like(self.averages)
+            for name, half in zip(("means", "outgoing"), self.now.chunk(2, -1), strict=True):
+                self._buffers[name] = half, half.split(self._widths, -1)
 
     def parts(self) -> "list[_Group]":
         """The layers one by one; their tensors are parts of these."""
@@ -306,13 +324,24 @@ class _Group:
 
     def filled(self, name: str, function: Callable[[Any, Tensor], None], arguments: Iterable[Any]) -> Tensor:
         """One number for each unit and consumer: what a function makes of one argument for each consumer."""
-        if name not in self._buffers:
-            buffer = torch.empty_like(self.mean_activation)
-            self._buffers[name] = buffer, buffer.split(self._widths, -1)
-        buffer, slices = self._buffers[name]
+        buffer, slices = self._buffer(name)
         for argument, out in zip(arguments, slices, strict=True):
             function(argument, out)
         return buffer
+
+    def means(self, activations: list[Tensor]) -> Tensor:
+        """The mean of each unit's activations, for each consumer."""
+        if all(samples.shape[-2] == 1 for samples in activations):
+            buffer, _ = self._buffer("means")
+            torch.cat(activations, -1, out=buffer.unsqueeze(-2))
+            return buffer
+        return self.filled("means", _mean, activations)
+
+    def _buffer(self, name: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if name not in self._buffers:
+            buffer = torch.empty_like(self.mean_activation)
+            self._buffers[name] = buffer, buffer.split(self._widths, -1)
+        return self._buffers[name]
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """Numbers for each unit and consumer by the consumers."""
@@ -339,6 +368,25 @@ class _Group:
         return torch.cat(means, -1)
 
 
+@dataclass(frozen=True)
+class _Scratch:
+    """Memory for the magnitudes of a weight, or of some rows at a time.
+
+    Attributes:
+        shape: of the weight.
+        magnitudes: (rows, units).
+        columns: their transpose.
+        shares: (rows,), of each row in a mean over all rows of the weight.
+        whole: whether all rows fit.
+    """
+
+    shape: torch.Size
+    magnitudes: Tensor
+    columns: Tensor
+    shares: Tensor
+    whole: bool
+
+
 class _Route:
     """The way of units to one consumer."""
 
@@ -348,15 +396,15 @@ class _Route:
         # a column of the weight for each unit
         self.plain = isinstance(consumer, nn.Linear) and link.units == consumer.in_features
         self.dimensions = 2 + link.stacked
-        self._scratch: tuple[Tensor, Tensor] | None = None
-        self._scratch_for: torch.Size | None = None
+        self._scratch: _Scratch | None = None
 
-    def scratch(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory for as many rows as fit the cache, and the share of each in a mean over all rows."""
-        if self._scratch is None or self._scratch_for != weight.shape:
+    def scratch(self, weight: Tensor) -> "_Scratch":
+        """Memory for as many rows as fit the cache."""
+        if self._scratch is None or self._scratch.shape != weight.shape:
             rows = min(len(weight), max(1, (1 << 18) // weight.shape[1]))
-            self._scratch = weight.new_empty(rows, weight.shape[1]), weight.new_full((rows,), 1.0 / len(weight))
-            self._scratch_for = weight.shape
+            memory = weight.new_empty(rows, weight.shape[1])
+            shares = weight.new_full((rows,), 1.0 / len(weight))
+            self._scratch = _Scratch(weight.shape, memory, memory.T, shares, rows == len(weight))
         return self._scratch
 
     def activations(self, inputs: Tensor) -> Tensor:
@@ -367,11 +415,7 @@ class _Route:
 
 
 def _mean(samples: Tensor, out: Tensor) -> None:
-    samples = samples if samples.dtype == out.dtype else samples.to(out.dtype)
-    if samples.shape[-2] == 1:
-        out.copy_(samples.squeeze(-2))
-    else:
-        torch.mean(samples, -2, out=out)
+    torch.mean(samples if samples.dtype == out.dtype else samples.to(out.dtype), -2, out=out)
 
 
 def _mean_magnitude(samples: Tensor, out: Tensor) -> None:
@@ -389,15 +433,16 @@ def _mean_outgoing(route: _Route, out: Tensor) -> None:
     elif weight.dim() > 2 or weight.device.type != "cpu":
         torch.mean(weight.abs(), -2, out=out)
     else:  # fresh memory would cost more than the sums
-        magnitudes, shares = route.scratch(weight)
-        if len(shares) == len(weight):
-            torch.mv(torch.abs(weight, out=magnitudes).T, shares, out=out)
+        scratch = route.scratch(weight)
+        if scratch.whole:
+            torch.abs(weight, out=scratch.magnitudes)
+            torch.mv(scratch.columns, scratch.shares, out=out)
             return
         out.zero_()
-        for piece in weight.detach().split(len(shares)):
+        for piece in weight.detach().split(len(scratch.shares)):
             size = len(piece)
-            torch.abs(piece, out=magnitudes[:size])
-            out.addmv_(magnitudes[:size].T, shares[:size])
+            torch.abs(piece, out=scratch.magnitudes[:size])
+            out.addmv_(scratch.columns[:, :size], scratch.shares[:size])
 
 
 def _mean_incoming(link: Connection) -> Tensor:

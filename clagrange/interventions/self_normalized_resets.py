@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,20 @@ class SelfNormalizedResets(UnitReset):
         check_count("longest", longest)
         self.rejection = rejection
         self.longest = longest
+        self._groups: list[tuple[list[Connection], dict[str, Tensor]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_groups": []}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        super().load_state_dict(state)
+        if self._connections:
+            self._prepare()
 
     def _prepare(self) -> None:
+        """Let layers of one kind share tensors, of which the state of each is a part."""
+        kinds: dict[Any, list[Connection]] = {}
         for connection in self._connections:
             zeros = zeros_for(connection)
             self._bind(
@@ -62,33 +75,61 @@ class SelfNormalizedResets(UnitReset):
                 total=zeros,
                 longer=zeros,  # how many past gaps were longer than the present silence
             )
+            kinds.setdefault((zeros.dtype, zeros.device, zeros.shape[:-1]), []).append(connection)
+        self._groups = [(members, self._joined(members)) for members in kinds.values()]
+
+    def _joined(self, members: list[Connection]) -> dict[str, Tensor]:
+        kept = [self.state[connection.name] for connection in members]
+        units = [connection.units for connection in members]
+        joined = {}
+        for name, dim in (("silent", -1), ("gaps", -2), ("total", -1), ("longer", -1)):
+            joined[name] = torch.cat([state[name] for state in kept], dim)
+            for state, part in zip(kept, joined[name].split(units, dim), strict=True):
+                state[name] = part
+        return joined
 
     @torch.no_grad()
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Count, and let the units start over that are silent for too long."""
-        for connection, entering in self._active():
-            state = self.state[connection.name]
-            fired = self._fired(connection, entering)
-            silent, gaps, total, longer = (state[name] for name in ("silent", "gaps", "total", "longer"))
-            silent += 1
-            place = (silent - 1).unsqueeze(-1)
-            longer -= gaps.gather(-1, place).squeeze(-1)
-            rejection = per_replica(self.rejection, total)
-            unlikely = (longer <= rejection * total) & (rejection * total >= 1.0)
-            resets = ~fired & (unlikely | (silent >= self.longest))
-            ends = (fired | resets).to(gaps.dtype)
-            gaps.scatter_add_(-1, place, ends.unsqueeze(-1))
-            total += ends
-            silent.masked_fill_(ends > 0, 0)
-            longer.copy_(torch.where(ends > 0, total, longer))
-            if resets.any():
-                self._start_over(connection, resets, optimizer)
+        active = {connection.name: entering for connection, entering in self._active()}
+        masks: dict[str, Tensor] = {}
+        for members, joined in self._groups:
+            present = [connection for connection in members if connection.name in active]
+            whole = len(present) == len(members)
+            for counted in [present] if whole else [[connection] for connection in present]:
+                resets = self._count(joined if whole else self.state[counted[0].name], counted, active)
+                if resets.any():  # the only word from the device
+                    parts = resets.split([connection.units for connection in counted], -1)
+                    masks |= {link.name: part for link, part in zip(counted, parts, strict=True)}
+        for connection in self._connections:
+            if connection.name in masks and masks[connection.name].any():
+                self._start_over(connection, masks[connection.name], optimizer)
 
-    def _fired(self, connection: Connection, entering: list[Tensor]) -> Tensor:
-        """Which units were above 0 for an example, in any process."""
-        fires = [
-            (connection.activations(inputs, consumer) > 0).any(-2)
-            for consumer, inputs in zip(connection.consumers, entering, strict=True)
-        ]
-        fired = torch.stack(fires).any(0) if len(fires) > 1 else fires[0]
-        return mean_over_processes(fired.float()) > 0
+    def _count(
+        self, state: dict[str, Tensor], counted: list[Connection], active: dict[str, list[Tensor]]
+    ) -> Tensor:
+        """Take up one more step; the units that are to start over."""
+        fired = torch.cat([_fires(connection, active[connection.name]) for connection in counted], -1)
+        fired = mean_over_processes(fired.float()) > 0
+        silent, gaps, total, longer = (state[name] for name in ("silent", "gaps", "total", "longer"))
+        silent += 1
+        place = (silent - 1).unsqueeze(-1)
+        longer -= gaps.gather(-1, place).squeeze(-1)
+        allowed = per_replica(self.rejection, total) * total
+        resets = ~fired & (((longer <= allowed) & (allowed >= 1.0)) | (silent >= self.longest))
+        over = fired | resets
+        ends = over.to(gaps.dtype)
+        gaps.scatter_add_(-1, place, ends.unsqueeze(-1))
+        total += ends
+        silent.masked_fill_(over, 0)
+        longer.copy_(torch.where(over, total, longer))
+        return resets
+
+
+def _fires(connection: Connection, entering: list[Tensor]) -> Tensor:
+    """Which units were above 0 for an example of this process."""
+    fires = [
+        (connection.activations(inputs, consumer) > 0).any(-2)
+        for consumer, inputs in zip(connection.consumers, entering, strict=True)
+    ]
+    return torch.stack(fires).any(0) if len(fires) > 1 else fires[0]

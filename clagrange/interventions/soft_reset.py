@@ -26,10 +26,12 @@ class SoftReset(Intervention):
     is the prior's larger variance there; s = σ/σ₀ is how sure the posterior is of a weight, in standard
     deviations of the initial distribution.
 
-    The paper allows several steps and draws for γ, and takes the gradient of the loss at the weights that have
-    drifted, a second pass for every batch. Here one pass serves: the likelihood is taken to first order at w,
-    where any number of steps for γ is one, and the step is by the gradient before the drift. With an optimizer
-    that normalises gradients, as Adam does, the factor of g has little effect.
+    The paper allows several steps for γ on the likelihood averaged over draws of the weights, and takes the
+    gradient of the loss at the weights that have drifted, a second pass for every batch. Here one pass serves:
+    the likelihood is taken to first order at w, where any number of steps for γ is one and the variance of the
+    draws plays no part, and the step is by the gradient before the drift. The paper's further forms, with several
+    steps of the weights on each batch (proximal) or with a variance learnt for each weight (Bayesian), are left
+    out. With an optimizer that normalises gradients, as Adam does, the factor of g has little effect.
 
     Args:
         gamma_lr: step size of γ ≥ 0, for the mean loss per example.

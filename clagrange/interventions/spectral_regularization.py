@@ -12,12 +12,13 @@ from clagrange.replicas import randn_like, replicas_of
 
 
 class SpectralRegularization(Intervention):
-    """Add strength·Σ(σᵏ − 1)² to the loss, σ the largest singular value of each weight of a layer.
+    """Add strength·Σ((σᵏ − 1)² + ‖b‖²ᵏ) to the loss, over the layers with weight W and bias b.
 
-    A weight's gradient grows by strength·2(σᵏ − 1)·kσᵏ⁻¹·u vᵀ, with u and v the singular vectors of σ, before
-    the optimizer sees it. They follow the weight by one power iteration a step; the kernel of a convolution is
-    a matrix of its output channels. Biases b add strength·‖b‖²ᵏ, the same penalty toward 0. Parameters of
-    normalisation layers stay free.
+    σ is the largest singular value of W. A weight's gradient grows by strength·2(σᵏ − 1)·kσᵏ⁻¹·u vᵀ, with u and v
+    the singular vectors of σ, before the optimizer sees it. They follow the weight by one power iteration a step;
+    the kernel of a convolution is a matrix of its output channels. The scale of a normalisation layer is a
+    diagonal matrix, whose largest entry alone would jump from place to place: there each entry w adds
+    strength·(|w|ᵏ − 1)², and the shift is a bias like another.
 
     Args:
         strength: λ ≥ 0, for the mean loss per example.
@@ -25,7 +26,7 @@ class SpectralRegularization(Intervention):
         seed: of the random stream, for the vectors to start with.
 
     Source: Lewandowski, Bortkiewicz, Kumar, György, Schuurmans, Ostaszewski, Machado, "Learning continually by
-    spectral regularization" (2024).
+    spectral regularization", ICLR 2025, where k = 2.
     """
 
     def __init__(self, strength: Number = 1e-3, power: float = 2.0, seed: int | Sequence[int] = 0) -> None:
@@ -60,10 +61,16 @@ class SpectralRegularization(Intervention):
                 continue
             strength = per_replica(self.strength, parameter)
             if kind == "bias":
-                square = parameter.square().sum(-1, keepdim=True)
+                square = parameter.square().sum(list(range(int(stacked), parameter.dim())), keepdim=True)
                 # the gradient of (bᵀb)ᵏ is 2k(bᵀb)ᵏ⁻¹b, and 0 at b = 0 whatever the power
                 slope = torch.where(square > 0, square.pow(self.power - 1.0), 0.0)
                 parameter.grad.add_(strength * (2.0 * self.power) * slope * parameter)
+                continue
+            if kind == "scale":
+                size = parameter.abs()
+                # and that of (|w|ᵏ − 1)² is 2(|w|ᵏ − 1)·k|w|ᵏ⁻¹ times the sign
+                slope = torch.where(size > 0, size.pow(self.power - 1.0), 0.0) * parameter.sign()
+                parameter.grad.add_(strength * (2.0 * self.power) * (size.pow(self.power) - 1.0) * slope)
                 continue
             matrix = _matrix(parameter, stacked)
             left, right = _iterate(matrix, self.state[name])
@@ -78,11 +85,18 @@ _WARM_UP = 20
 """Power iterations at the start."""
 
 
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
+
 def _regularised(network: nn.Module, stacked: bool) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Weights of at least two dimensions, and biases of the layers that have one, by their names."""
+    """Names, parameters and kinds: weights of at least two dimensions, scales, and the biases beside them."""
     known = dict(trainable(network))
+    norms = {name for name, module in network.named_modules() if isinstance(module, _NORMS)}
     for name, parameter in known.items():
-        if parameter.dim() - stacked >= 2:
+        owner, _, own = name.rpartition(".")
+        if owner in norms:
+            yield name, parameter, "scale" if own == "weight" else "bias"
+        elif parameter.dim() - stacked >= 2:
             yield name, parameter, "weight"
             bias = f"{name.removesuffix('weight')}bias"
             if bias in known:

@@ -71,7 +71,7 @@ class UnitReset(Intervention):
 
     def _watch(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if module.training and torch.is_grad_enabled():
-            self._entering[module] = args[0].detach()
+            self._entering[module] = args[0]  # not detached, which costs time: only looked at without gradients
 
     def _active(self) -> list[tuple[Connection, list[Tensor]]]:
         """The connections that took part in the training step, with what entered each consumer; once."""

@@ -6,9 +6,11 @@ import pytest
 import torch
 from cases import backward, batch, convnet, images, mlp, step_with, still, tensors_of
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clagrange import gaussianize
 from clagrange.interventions import (
+    ContinualBackprop,
     GradedContinualBackprop,
     HeadReset,
     LastLayerReset,
@@ -174,6 +176,33 @@ def test_snr_without_a_past_waits_for_the_longest_silence() -> None:
     assert torch.equal(net[0].weight, before["0.weight"])
     train_still(net, method, range(14, 15))
     assert_only_the_unit_changed(net, before)
+
+
+class Questions(TorchDispatchMode):
+    """How often a number is fetched from the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [(SelfNormalizedResets(), 1), (ContinualBackprop(1e-6, maturity=100), 0)]
+)
+def test_a_quiet_step_hardly_waits_for_the_device(method, expected: int) -> None:
+    """Two hidden layers, of which no unit starts over."""
+    net = mlp()
+    optimizer = still(net)
+    method.on_start(net, optimizer)
+    for step in range(4):
+        backward(net, optimizer, *batch(step))
+        with Questions() as questions:
+            method.on_step(net, optimizer)
+    assert questions.count == expected
 
 
 # -------------------------------------------------------------------------------- graded continual backprop

@@ -60,10 +60,21 @@ def test_the_tortoise_counts_in_float32_below_half_precision() -> None:
 
 
 # -------------------------------------------------------------------------------------- spectral regularisation
-@pytest.mark.parametrize("make", [mlp, convnet])
+def normed() -> nn.Module:
+    """With scales on both sides of 1 and of 0, and shifts."""
+    net = mlp()
+    add_layer_norm(net)
+    with torch.no_grad():
+        for norm in (net[1][0], net[3][0]):
+            norm.weight.copy_(torch.linspace(-0.5, 2.0, len(norm.weight)))
+            norm.bias.copy_(torch.linspace(-0.2, 0.5, len(norm.bias)))
+    return net
+
+
+@pytest.mark.parametrize("make", [mlp, convnet, normed])
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_the_gradient_is_that_of_the_penalty(make, power: float) -> None:
-    """Against autograd through the singular values and the norms of biases."""
+    """Against autograd through the singular values, the entries of scales and the norms of biases."""
     net, method = make(), SpectralRegularization(0.3, power=power)
     if make is mlp:
         train(net, sgd(net), range(3))
@@ -77,7 +88,9 @@ def test_the_gradient_is_that_of_the_penalty(make, power: float) -> None:
     explicit.load_state_dict(net.state_dict())
     penalty = torch.zeros((), dtype=torch.float64)
     for name, parameter in explicit.named_parameters():
-        if name.endswith("weight"):
+        if name.endswith("weight") and parameter.dim() == 1:
+            penalty = penalty + (parameter.abs() ** power - 1.0).square().sum()
+        elif name.endswith("weight"):
             sigma = torch.linalg.matrix_norm(parameter.flatten(1), 2)
             penalty = penalty + (sigma**power - 1.0).square()
         else:
