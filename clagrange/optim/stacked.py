@@ -73,9 +73,14 @@ def _adam_in_one_pass(tensors: Sequence[Tensor], numbers: Sequence[Number], step
         [float(value)] * (replicas or 1) if not isinstance(value, Tensor) or value.dim() == 0 else value.tolist()
         for value in numbers
     ]
-    for row, (lr, beta1, beta2, eps) in zip(rows, zip(*columns, strict=True), strict=True):
+    for (weight, gradient, mean, square), (lr, beta1, beta2, eps) in zip(
+        rows, zip(*columns, strict=True), strict=True
+    ):
         torch._fused_adam_(
-            *([tensor] for tensor in row),
+            [weight],
+            [gradient],
+            [mean],
+            [square],
             [],
             [step],
             lr=lr,
@@ -89,9 +94,9 @@ def _adam_in_one_pass(tensors: Sequence[Tensor], numbers: Sequence[Number], step
 
 
 def _with_decay(gradient: Tensor, parameter: Tensor, weight_decay: Number) -> Tensor:
-    """g + weight_decay·θ, in one pass, or none."""
+    """g + weight_decay·θ; without a pass where the number is 0."""
     if isinstance(weight_decay, Tensor):
-        return torch.addcmul(gradient, parameter, per_replica(weight_decay, parameter))
+        return gradient + per_replica(weight_decay, parameter) * parameter
     return gradient.add(parameter, alpha=weight_decay) if weight_decay else gradient
 
 
@@ -139,9 +144,9 @@ class StackedSGD(PerParameterOptimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             gradient = state["momentum_buffer"].mul_(per_replica(momentum, parameter)).add_(gradient)
-        lr = group["lr"]
+        lr = per_replica(group["lr"], parameter)
         if isinstance(lr, Tensor):
-            parameter.addcmul_(gradient, per_replica(lr, parameter), value=-1.0)
+            parameter.addcmul_(gradient, lr, value=-1.0)
         else:
             parameter.add_(gradient, alpha=-lr)
 
