@@ -4,6 +4,7 @@ torch's SGD and Adam serve a stacked network as long as all replicas share their
 matrices only. These take a tensor of shape (R,) for any number, and equal torch's for each replica.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,13 +47,57 @@ def adam_update(
         betas: decay of m and v.
         eps: ε.
     """
-    lr, beta1, beta2, eps = (per_replica(value, parameter) for value in (lr, *betas, eps))
     gradient = gradient.to(gradient_mean.dtype)
+    tensors, numbers = (parameter, gradient, gradient_mean, gradient_square), (lr, *betas, eps)
+    lr, beta1, beta2, eps = (per_replica(value, parameter) for value in numbers)
+    if all(_in_one_pass(tensor, parameter.dtype) for tensor in tensors):
+        _adam_in_one_pass(tensors, numbers, step)
+        return
     gradient_mean.lerp_(gradient, 1.0 - beta1)
     gradient_square.lerp_(gradient.square(), 1.0 - beta2)
     count = float(step)
     deviation = gradient_square.sqrt() / (1.0 - beta2**count) ** 0.5 + eps
     parameter.sub_((lr / (1.0 - beta1**count)) * gradient_mean / deviation)
+
+
+def _in_one_pass(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's fused kernel can take a tensor. On a GPU one launch for each replica would not repay."""
+    return tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.is_contiguous()
+
+
+def _adam_in_one_pass(tensors: Sequence[Tensor], numbers: Sequence[Number], step: Tensor) -> None:
+    """`adam_update` by torch's fused kernel, which takes plain numbers: replica by replica where they differ."""
+    replicas = next((len(value) for value in numbers if isinstance(value, Tensor) and value.dim() == 1), None)
+    rows = [tuple(tensors)] if replicas is None else zip(*(tensor.unbind() for tensor in tensors), strict=True)
+    columns = [
+        [float(value)] * (replicas or 1) if not isinstance(value, Tensor) or value.dim() == 0 else value.tolist()
+        for value in numbers
+    ]
+    for (weight, gradient, mean, square), (lr, beta1, beta2, eps) in zip(
+        rows, zip(*columns, strict=True), strict=True
+    ):
+        torch._fused_adam_(
+            [weight],
+            [gradient],
+            [mean],
+            [square],
+            [],
+            [step],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _with_decay(gradient: Tensor, parameter: Tensor, weight_decay: Number) -> Tensor:
+    """g + weight_decay·θ; without a pass where the number is 0."""
+    if isinstance(weight_decay, Tensor):
+        return gradient + per_replica(weight_decay, parameter) * parameter
+    return gradient.add(parameter, alpha=weight_decay) if weight_decay else gradient
 
 
 class StackedSGD(PerParameterOptimizer):
@@ -93,13 +138,17 @@ class StackedSGD(PerParameterOptimizer):
         check_nonnegative("weight_decay", group["weight_decay"])
 
     def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        gradient = gradient + per_replica(group["weight_decay"], parameter) * parameter
+        gradient = _with_decay(gradient, parameter, group["weight_decay"])
         momentum = group["momentum"]
         if isinstance(momentum, Tensor) or momentum > 0:
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             gradient = state["momentum_buffer"].mul_(per_replica(momentum, parameter)).add_(gradient)
-        parameter.sub_(per_replica(group["lr"], parameter) * gradient)
+        lr = per_replica(group["lr"], parameter)
+        if isinstance(lr, Tensor):
+            parameter.addcmul_(gradient, lr, value=-1.0)
+        else:
+            parameter.add_(gradient, alpha=-lr)
 
 
 class StackedAdam(PerParameterOptimizer):
@@ -150,7 +199,7 @@ class StackedAdam(PerParameterOptimizer):
         check_nonnegative("weight_decay", group["weight_decay"])
 
     def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        gradient = gradient + per_replica(group["weight_decay"], parameter) * parameter
+        gradient = _with_decay(gradient, parameter, group["weight_decay"])
         adam_step(parameter, gradient, state, lr=group["lr"], betas=group["betas"], eps=group["eps"])
 
 

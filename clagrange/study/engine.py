@@ -1,7 +1,11 @@
 """One method on one stream: all seeds as replicas of one batched run."""
 
+import itertools
 import math
+import statistics
+import time
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +43,40 @@ CHUNK = 1 << 22
 """How many input values of all replicas are made at once."""
 
 
-class Run:
+class Resumable(ABC):
+    """What goes on from a checkpoint between two tasks."""
+
+    device: torch.device
+
+    @abstractmethod
+    def state(self, key: str) -> dict[str, Any]:
+        """All that a checkpoint between two tasks holds; ``key`` says which settings it belongs to."""
+
+    @abstractmethod
+    def load_state(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+
+    def save(self, path: Path, key: str) -> None:
+        """Write a checkpoint between two tasks; ``key`` says which settings it belongs to."""
+        with replacing(path) as partial:
+            torch.save(self.state(key), partial)
+
+    def load(self, path: Path, key: str) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            FileProblem: if it is damaged, or belongs to other settings.
+        """
+        checkpoint = read_checkpoint(path, self.device)
+        if checkpoint["key"] != key:
+            raise FileProblem(
+                f"{path}: expected a checkpoint of these settings and this version of clagrange, got another; "
+                f"remove it and run again with --resume"
+            )
+        self.load_state(checkpoint)
+
+
+class Run(Resumable):
     """A method on a stream, one replica for each seed, one task at a time.
 
     Replica r sees the stream of seed r, starts from the weights of seed r, and has random streams of its own,
@@ -153,6 +190,20 @@ class Run:
             self._measure_after(tasks)
         self._elapsed.append(self.seconds)
         self.next_task += 1
+
+    def try_steps(self, steps: int) -> float:
+        """Median seconds of a training step on the first batches of the first task; this run is spoilt by it."""
+        batches, targets = next(self._chunks(self._tasks(0), 0, 0))
+        for intervention in self.interventions:
+            intervention.on_start(self.network, self.optimizer)
+        seconds = []
+        for batch, answers in itertools.islice(itertools.cycle(zip(batches, targets, strict=True)), steps):
+            started = time.perf_counter()
+            self._step(batch, answers)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds)
 
     def _measure_after(self, tasks: Sequence[Task]) -> None:
         """Measure what a task has come to."""
@@ -369,25 +420,6 @@ class Run:
         self._initial = checkpoint["initial"]
         self.diverged = checkpoint["diverged"]
         self._any_diverged = bool(self.diverged.any())
-
-    def save(self, path: Path, key: str) -> None:
-        """Write a checkpoint between two tasks; ``key`` says which settings it belongs to."""
-        with replacing(path) as partial:
-            torch.save(self.state(key), partial)
-
-    def load(self, path: Path, key: str) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            FileProblem: if it is damaged, or belongs to other settings.
-        """
-        checkpoint = read_checkpoint(path, self.device)
-        if checkpoint["key"] != key:
-            raise FileProblem(
-                f"{path}: expected a checkpoint of these settings and this version of clagrange, got another; "
-                f"remove it and run again with --resume"
-            )
-        self.load_state(checkpoint)
 
     def result(self, stream: str, method: str, origin: dict[str, Any] | None = None) -> MethodResult:
         """The results so far, with what they follow from."""

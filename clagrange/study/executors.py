@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from clagrange.study.engine import Run
+from clagrange.study.groups import Groups
 from clagrange.study.machine import cores
 from clagrange.study.settings import Study
 from clagrange.study.store import Folder, Job
@@ -51,7 +52,7 @@ def carry_out(study: Study, folder: Folder, job: Job, send: Callable[[Event], No
         folder.checkpoint(*job).unlink(missing_ok=True)
 
 
-def tasks_of(run: Run, job: Job, send: Callable[[Event], None]) -> Iterator[None]:
+def tasks_of(run: Run | Groups, job: Job, send: Callable[[Event], None]) -> Iterator[None]:
     """Train task by task, telling how far it is; a pause after each task, for its checkpoint."""
     steps, said = run.steps_done, time.monotonic()
 

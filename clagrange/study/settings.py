@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from clagrange import tasks
 from clagrange._checks import did_you_mean
 from clagrange.study.engine import Run
+from clagrange.study.groups import Groups, start
 from clagrange.study.methods import METHODS, Method, snake_case
 from clagrange.study.problems import Key, Problems, SettingsError, check_mapping, read_document
 from clagrange.tasks import Preset, TaskStream
@@ -78,10 +79,10 @@ class Study:
         """Stream and method of every run, in order."""
         return [(stream.name, method) for stream in self.streams.values() for method in stream.methods]
 
-    def start(self, stream: str, method: str) -> Run:
+    def start(self, stream: str, method: str) -> Run | Groups:
         """A run before its first task."""
         study = self.streams[stream]
-        return Run(
+        return start(
             study.methods[method],
             [study.stream(seed) for seed in self.seeds],
             study.network,

@@ -33,6 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import clagrange
 from clagrange.study.engine import Run, read_checkpoint
 from clagrange.study.files import FileProblem, remove_leftovers, replacing, require_writable
+from clagrange.study.groups import Groups
 from clagrange.study.machine import beginning_of, lives, this_host
 from clagrange.study.problems import SettingsError
 from clagrange.study.results import MethodResult
@@ -346,7 +347,7 @@ class Folder:
         """Rename a damaged file, for whoever wants to know what happened to it."""
         return path.replace(path.with_name(f"{path.name}.damaged"))
 
-    def start(self, study: Study, job: Job, say: Callable[[str], None]) -> tuple[Run, Origin]:
+    def start(self, study: Study, job: Job, say: Callable[[str], None]) -> tuple[Run | Groups, Origin]:
         """A run, as its checkpoint has it or from the start, and its origin."""
         checkpoint, origin = self.checkpoint(*job), Origin.of(study, *job)
         run = study.start(*job)

@@ -64,7 +64,7 @@ def adam(network: nn.Module, lr: Number, l2: Number = 0.0) -> Optimizer:
     """torch's Adam, or its stacked form where a number differs between replicas."""
     if isinstance(lr, Tensor) or isinstance(l2, Tensor):
         return StackedAdam(network.parameters(), lr=lr, weight_decay=l2)
-    return torch.optim.Adam(network.parameters(), lr=lr, weight_decay=l2, foreach=True)
+    return torch.optim.Adam(network.parameters(), lr=lr, weight_decay=l2, fused=True)
 
 
 _BASES = {"sgd": sgd, "adam": adam}
