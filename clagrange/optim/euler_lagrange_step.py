@@ -95,8 +95,9 @@ def _step_one(
         curvature = curvature * per_replica(gain, curvature)
     precision.observe(curvature, decay)
     precision.relax(group["temperature"], fraction)
-    step = precision.displacement(block.gaussian.joint_mean(), block.gradient, **settings)
     gaussian = block.gaussian
+    mean = gaussian.joint_mean() if precision.needs_mean else precision.prior_mean  # joining them takes time
+    step = precision.displacement(mean, block.gradient, **settings)
     for name, mean, part in zip(gaussian.names, gaussian.means, gaussian.split(step), strict=True):
         if name in block.moving:
             mean.add_(part)
