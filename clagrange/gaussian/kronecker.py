@@ -303,6 +303,11 @@ class KroneckerPrecision(Precision):
         states = zip(self._age, self._damped, strict=True)
         return [self._due or age + 1 >= every or left < damped for age, left in states]
 
+    @property
+    def needs_mean(self) -> bool:
+        """With factored damping only in a step that inverts the factors, when the prior pulls."""
+        return self.damping == "exact" or any(self._refreshes())
+
     def displacement(
         self,
         mean: Tensor,
@@ -325,7 +330,7 @@ class KroneckerPrecision(Precision):
 
         At first nothing holds a weight but the prior, and steps are long: leave the bound finite.
         """
-        refreshed = self._refreshes()
+        refreshed, needs_mean = self._refreshes(), self.needs_mean
         ages = [age + 1 for age in self._age]
         self._age = [0 if fresh else age for age, fresh in zip(ages, refreshed, strict=True)]
         if any(refreshed):
@@ -336,7 +341,7 @@ class KroneckerPrecision(Precision):
         )
         exact = self.damping == "exact"
         pull = None
-        if (exact or any(refreshed)) and (isinstance(prior_pull, Tensor) or prior_pull > 0.0):
+        if needs_mean and (isinstance(prior_pull, Tensor) or prior_pull > 0.0):
             pull = prior_pull * temperature * self._times_prior(mean - self.prior_mean)
         if exact and pull is not None:
             gradient = gradient + pull

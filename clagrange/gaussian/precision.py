@@ -90,6 +90,11 @@ class Precision(nn.Module, ABC):
     def relax(self, temperature: Number, fraction: Number) -> None:
         """Move the precision the given fraction of the way to its equilibrium (H + T/σ_p²)/T."""
 
+    @property
+    def needs_mean(self) -> bool:
+        """Whether the next `displacement` depends on the mean; where not, any ``mean`` will do."""
+        return True
+
     @abstractmethod
     def displacement(
         self,

@@ -272,14 +272,18 @@ def _compiled_step(blocks: list[_Block], settings: StepSettings) -> list[_Block]
     """Step the blocks that the compiled function takes, and return the others."""
     global _failure
     left = []
+    numbers: dict[int, Tensor] = {}  # by the number of examples
     for block in blocks:
         large = block.mean.numel() > STRETCH and block.precision.dtype == torch.float32
         rows = block.as_rows() if large and not _failure else None
         if rows is None:
             left.append(block)
             continue
+        examples = block.examples if block.estimate is None else 1
+        if examples not in numbers:
+            numbers[examples] = _numbers(settings, examples)
         try:
-            _call_compiled(rows, settings)
+            _call_compiled(rows, numbers[examples], settings)
         except Exception as error:  # torch.compile raises many kinds
             # nothing was changed: it compiles before it computes
             left.append(block)
@@ -294,45 +298,40 @@ def _compiled_step(blocks: list[_Block], settings: StepSettings) -> list[_Block]
     return left
 
 
-def _call_compiled(rows: _Block, settings: StepSettings) -> None:
-    finite, bounded = not math.isinf(settings.discount), not math.isinf(settings.trust_region)
-    # the rate is lr·(h + δ)/(T·s) with the new s ≥ r·(h + δ)/T, and so at most lr/r
-    largest = stable_root(settings.lr / settings.fraction, settings.discount) if settings.fraction else math.inf
-    terms = next((terms for terms, bound in SERIES.items() if largest <= bound), 0)
-    renewal = 1.0 - settings.decay
-    rate = settings.lr / settings.temperature * (2.0 if finite else 1.0)
-    # a number inside a tensor may change without a new compilation
-    numbers = [
-        torch.tensor(number, dtype=torch.float32)
-        for number in (
+def _numbers(settings: StepSettings, examples: int) -> Tensor:
+    """What `_elementwise` takes as ``numbers``: inside a tensor they may change without a new compilation."""
+    renewal, rate = 1.0 - settings.decay, _rate(settings)
+    return torch.tensor(
+        (
             renewal,
-            renewal * settings.gain * (rows.examples if rows.estimate is None else 1),
+            renewal * settings.gain * examples,
             settings.fraction,
             settings.fraction / settings.temperature,
             rate,
             2.0 / settings.discount,
             settings.trust_region / math.sqrt(rate) if rate > 0.0 else 0.0,  # a schedule may end at 0
-        )
-    ]
-    prior_curvature = settings.temperature * rows.prior_precision
-    tensors = (
-        rows.mean,
-        rows.gradient,
-        rows.precision,
-        rows.curvature,
-        rows.prior_mean,
-        prior_curvature,
-        settings.prior_pull * prior_curvature,
-        rows.estimate,
-        rows.step,
+            settings.temperature,
+            settings.prior_pull,
+        ),
+        dtype=torch.float32,
     )
+
+
+def _rate(settings: StepSettings) -> float:
+    return settings.lr / settings.temperature * (1.0 if math.isinf(settings.discount) else 2.0)
+
+
+def _call_compiled(rows: _Block, numbers: Tensor, settings: StepSettings) -> None:
+    # the rate is lr·(h + δ)/(T·s) with the new s ≥ r·(h + δ)/T, and so at most lr/r
+    largest = stable_root(settings.lr / settings.fraction, settings.discount) if settings.fraction else math.inf
     # .data, because for a view torch compiles anew whenever that of which it is a view has another rank
+    tensors = (part.data if isinstance(part, Tensor) else None for part in rows[:-1])
     _compiled()(
-        *(None if tensor is None else tensor.data for tensor in tensors),
-        *numbers,
-        finite=finite,
-        bounded=bounded,
-        terms=terms,
+        *tensors,
+        numbers,
+        finite=not math.isinf(settings.discount),
+        bounded=not math.isinf(settings.trust_region),
+        terms=next((terms for terms, bound in SERIES.items() if largest <= bound), 0),
     )
     torch.autograd.graph.increment_version((rows.mean, rows.precision, rows.curvature))
 
@@ -351,8 +350,11 @@ def _compiled() -> Callable[..., None]:
     compiled: Callable[..., None] = torch.compile(_elementwise, fullgraph=True, dynamic=True, options=options)
 
     def call(*tensors: Tensor | None, **choices: bool) -> None:
-        with torch._dynamo.config.patch(cache_size_limit=64):  # kinds of arguments
+        try:
             compiled(*tensors, **choices)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # to raise the limit takes as long as a call
+            with torch._dynamo.config.patch(cache_size_limit=64):  # kinds of arguments
+                compiled(*tensors, **choices)
 
     return call
 
@@ -363,23 +365,18 @@ def _elementwise(
     precision: Tensor,
     curvature: Tensor,
     prior_mean: Tensor,
-    prior_curvature: Tensor,
-    pull: Tensor,
+    prior_precision: Tensor,
     estimate: Tensor | None,
     step: Tensor | None,
-    renewal: Tensor,
-    share: Tensor,
-    fraction: Tensor,
-    pace: Tensor,
-    rate: Tensor,
-    ratio: Tensor,
-    reach: Tensor,
+    numbers: Tensor,
     *,
     finite: bool,
     bounded: bool,
     terms: int,
 ) -> None:
     """The step in float32, in few and short chains of operations; divisions and roots are the dear ones."""
+    renewal, share, fraction, pace, rate, ratio, reach, temperature, prior_pull = numbers.unbind()
+    prior_curvature = temperature * prior_precision
     gradient = gradient.to(precision.dtype)
     h = curvature - renewal * curvature
     if estimate is None:
@@ -394,7 +391,8 @@ def _elementwise(
     if finite:
         mobility = mobility / (1.0 + torch.sqrt(1.0 + ratio * (mobility * stiffness)))
     root = mobility * stiffness
-    moved = _relaxed_part(root, terms) * (mobility * (gradient + pull * (mean - prior_mean)))
+    force = gradient + prior_pull * prior_curvature * (mean - prior_mean)
+    moved = _relaxed_part(root, terms) * (mobility * force)
     if bound is not None:
         moved = torch.where(moved > bound, bound, moved)
         moved = torch.where(moved < -bound, -bound, moved)

@@ -55,16 +55,18 @@ def step_blocks(blocks: list[Block], group: dict[str, Any]) -> None:
             prior_pull=group["prior_pull"],
         )
         means: list[Tensor] = [block.gaussian.means[0] for block in diagonal]
-        chosen = best_form(means) if group["foreach"] is None else "foreach"
-        form = {None: chosen, True: "compiled", False: "foreach"}[group["compiled"]]
-        _step_diagonal(diagonal, settings, form, resistance)
+        form = "compiled" if group["compiled"] else "foreach"
+        if group["compiled"] is None and group["foreach"] is None:
+            form = best_form(means)
+        _step_diagonal(diagonal, means, settings, form, resistance)
     for block in others:
         _step_one(block, group, fraction, decay, gain, resistance)
 
 
-def _step_diagonal(blocks: list[Block], settings: StepSettings, form: str, resistance: Number | None) -> None:
+def _step_diagonal(
+    blocks: list[Block], means: list[Tensor], settings: StepSettings, form: str, resistance: Number | None
+) -> None:
     """The same as `_step_one` for each, by the fast kernels."""
-    means: list[Tensor] = [block.gaussian.means[0] for block in blocks]
     precisions = [block.precision for block in blocks]
     steps = diagonal_step(
         means,
@@ -93,8 +95,9 @@ def _step_one(
         curvature = curvature * per_replica(gain, curvature)
     precision.observe(curvature, decay)
     precision.relax(group["temperature"], fraction)
-    step = precision.displacement(block.gaussian.joint_mean(), block.gradient, **settings)
     gaussian = block.gaussian
+    mean = gaussian.joint_mean() if precision.needs_mean else precision.prior_mean  # joining them takes time
+    step = precision.displacement(mean, block.gradient, **settings)
     for name, mean, part in zip(gaussian.names, gaussian.means, gaussian.split(step), strict=True):
         if name in block.moving:
             mean.add_(part)

@@ -110,10 +110,11 @@ class GaussianOptimizer(CheckedOptimizer):
         Gradients are the mean over processes: of the means over their own examples, or of sums.
         """
         layer, names, _ = gaussian
+        means = gaussian.means
         summed = total / process_count() if group["loss_reduction"] == "sum" else None
         gradients = [
             torch.zeros_like(mean) if mean.grad is None or name not in moving else mean.grad
-            for name, mean in zip(names, gaussian.means, strict=True)
+            for name, mean in zip(names, means, strict=True)
         ]
         gradient = gaussian.joint(gradients)
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -129,7 +130,7 @@ class GaussianOptimizer(CheckedOptimizer):
                 curvature = curvature._replace(share=-curvature.share)
             elif isinstance(observer, VarianceObserver) and isinstance(curvature, Tensor):
                 curvature = -curvature
-        state = self.state[gaussian.means[0]] if group.get("motion") else {}
+        state = self.state[means[0]] if group.get("motion") else {}
         return Block(gaussian, moving, gradient, curvature, total, state)
 
     def _check(self, group: dict[str, Any]) -> None:

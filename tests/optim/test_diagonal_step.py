@@ -377,6 +377,20 @@ def test_compiled_once_for_all_shapes_and_numbers() -> None:
 
 
 @compiling
+def test_kinds_of_arguments_beyond_the_usual_limit_of_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 1)
+    monkeypatch.setattr(module, "_failure", "")
+    fast = problem([torch.randn(300, 300)])
+    exact = fast.double()
+    for settings in (VARIANTS["overdamped"], VARIANTS["trust region"]) * 2:
+        fast.step(settings, "compiled")
+        exact.plain_step(settings)
+    assert module._failure == ""
+    assert compiled_graphs() == 2
+    fast.assert_close_to(exact, rtol=1e-6, atol=1e-6)
+
+
+@compiling
 def test_no_working_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "_failure", "")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
