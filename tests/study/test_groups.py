@@ -76,7 +76,8 @@ def test_groups_have_the_numbers_of_one_run_of_all(name, monkeypatch):
 
 def test_the_matrix_of_test_accuracies_is_that_of_one_run(monkeypatch):
     fix_size(monkeypatch, 1)
-    split = [SplitClasses("digits", classes_per_task=5, examples=40, batch_size=8, seed=seed) for seed in (0, 1)]
+    shape = {"tasks": 2, "classes_per_task": 5, "examples": 40, "batch_size": 8}
+    split = [SplitClasses("digits", **shape, seed=seed) for seed in (0, 1)]
     ours, whole = (
         finished(kind(METHODS["sgd"](), split, NETWORK, dtype=torch.float64)).result("split", "sgd").matrix
         for kind in (Groups, Run)
