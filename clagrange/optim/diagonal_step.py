@@ -352,8 +352,8 @@ def _compiled() -> Callable[..., None]:
     def call(*tensors: Tensor | None, **choices: bool) -> None:
         try:
             compiled(*tensors, **choices)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:  # to raise the limit takes as long as a call
-            with torch._dynamo.config.patch(cache_size_limit=64):  # kinds of arguments
+        except Exception:  # where torch's limit of 8 kinds of arguments is reached; else it fails again
+            with torch._dynamo.config.patch(cache_size_limit=64):  # at every call it would take half of its time
                 compiled(*tensors, **choices)
 
     return call
