@@ -99,7 +99,8 @@ def load_search(source: str | Path, *, left_out: Callable[[str], None] | None = 
     tree, required = document.tree, {"seeds", "trials", "study", "streams"}
     with problems.caught():
         problems.check_keys((), tree, required | {"refinements", "sampler"}, required=required)
-    problems.raise_any()
+    if not isinstance(tree, dict) or not required <= set(tree):
+        problems.raise_any()
     tree.setdefault("refinements", 0)
     with problems.caught():
         check_mapping(("streams",), tree["streams"])
