@@ -296,10 +296,12 @@ def _tune(chosen: Namespace, console: Console) -> int:
             raise SettingsError(f"{name}: expected a file of its own, got {path}; choose another")
     search = load_search(chosen.config, left_out=lambda reason: _say(f"left out: {reason}"))
     require_writable(winners.parent)
-    report = run_search(search, out, lambda line: console.print(line, highlight=False, markup=False))
+    report = run_search(
+        search, out, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+    )
     with replacing(winners) as partial:
         partial.write_text(study_of_winners(search, report), encoding="utf-8")
-    console.print(f"winners: {winners}", highlight=False, markup=False)
+    console.print(f"winners: {winners}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

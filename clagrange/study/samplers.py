@@ -340,7 +340,7 @@ class Optuna(Sampler):
                 f"refinements: expected 0, got {refinements}; Optuna looks around what was good by itself"
             )
         optuna = extra_module("optuna")
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         first = math.ceil(trials / 3)
         studies = [
             _Study(

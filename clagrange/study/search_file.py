@@ -99,12 +99,15 @@ def load_search(source: str | Path, *, left_out: Callable[[str], None] | None = 
     tree, required = document.tree, {"seeds", "trials", "study", "streams"}
     with problems.caught():
         problems.check_keys((), tree, required | {"refinements", "sampler"}, required=required)
-    problems.raise_any()
+    if not isinstance(tree, dict) or not required <= set(tree):
+        problems.raise_any()
     tree.setdefault("refinements", 0)
     with problems.caught():
         check_mapping(("streams",), tree["streams"])
         problems.check_keys(("study",), tree["study"], {"seeds", "tasks"}, required={"seeds", "tasks"})
-    problems.raise_any()
+    whole = all(isinstance(tree[name], dict) for name in ("streams", "study"))
+    if not whole or not {"seeds", "tasks"} <= set(tree["study"]):
+        problems.raise_any()
     with problems.caught():
         if tree["study"]["tasks"] != {}:
             problems.check_keys(("study", "tasks"), tree["study"]["tasks"], set(tree["streams"]), required=())

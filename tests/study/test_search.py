@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clagrange.cli import main
 from clagrange.study.problems import SettingsError
 from clagrange.study.samplers import Dimension
 from clagrange.study.search import run_search, study_of_winners
 from clagrange.study.search_file import load_search
 from clagrange.study.settings import load_study, read_yaml
+from clagrange.study.store import checksum, code_version
 
 ROOT = Path(__file__).parents[2]
 SEARCH = {
@@ -97,6 +99,125 @@ def test_winners_make_a_study_on_other_seeds(tmp_path):
     overlapping = {**SEARCH, "study": {"seeds": [7, 100], "tasks": {"permuted_digits": 1}}}
     with pytest.raises(SettingsError, match=r"others than the tuning seeds, got \[100\]"):
         load_search(write(tmp_path / "overlapping.yaml", overlapping))
+
+
+def pretend(monkeypatch, stop=None):
+    """Replace runs by a formula; gives the settings of the batches; the one numbered ``stop`` is interrupted."""
+    batches = []
+
+    def run(kind, trials, streams, network):
+        if len(batches) == stop:
+            raise KeyboardInterrupt
+        batches.append([trial["settings"] for trial in trials])
+        for trial in trials:
+            trial["online_accuracy"] = 1 / (1 + abs(trial["settings"]["lr"] - 0.02))
+            trial["by_seed"] = [trial["online_accuracy"]] * len(streams)
+        return 1.0
+
+    monkeypatch.setattr("clagrange.study.search._run", run)
+    monkeypatch.setattr("clagrange.study.search.MOST_REPLICAS", 4)
+    return batches
+
+
+@pytest.mark.parametrize("sampler", ["halton", "random", "grid", "optuna"])
+def test_a_killed_search_runs_no_batch_twice_and_comes_to_the_same(tmp_path, monkeypatch, sampler):
+    if sampler == "optuna":
+        pytest.importorskip("optuna")
+    tree = {**SEARCH, "sampler": sampler, "refinements": 0 if sampler == "optuna" else 3}
+    search = load_search(write(tmp_path / "search.yaml", tree))
+    whole = pretend(monkeypatch)
+    expected = run_search(search, tmp_path / "whole.json", lambda line: None)
+    assert len(whole) >= 6
+    for stop in range(len(whole)):
+        target = tmp_path / f"{stop}.json"
+        begun = pretend(monkeypatch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_search(search, target, lambda line: None)
+        rest = pretend(monkeypatch)
+        assert run_search(search, target, lambda line: None) == expected
+        assert begun + rest == whole
+        assert json.loads(target.read_text()) == expected
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_trials_are_kept_with_what_they_follow_from(tmp_path, monkeypatch):
+    search = load_search(write(tmp_path / "search.yaml", SEARCH))
+    pretend(monkeypatch)
+    target = tmp_path / "found.json"
+    report = run_search(search, target, lambda line: None)
+    origin = report["streams"]["permuted_digits"]["methods"]["sgd"]["origin"]
+    assert origin["version"] == code_version()
+    assert origin["data"] == checksum(search.streams["permuted_digits"].stream(100))
+    assert origin["settings"]["method"] == {"kind": "sgd", "spaces": [{"lr": {"log": [1e-4, 1.0]}}]}
+    assert origin["settings"]["sampler"] == {"kind": "halton", "seed": 0}
+    said: list[str] = []
+
+    def again(search):
+        said.clear()
+        batches = pretend(monkeypatch)
+        run_search(search, target, said.append)
+        return len(batches), said[0] if said else ""
+
+    assert again(search) == (0, "")
+    other = load_search(write(tmp_path / "other.yaml", changed(lr={"log": [1e-3, 1.0]})))
+    batches, reason = again(other)
+    assert batches == 5
+    assert "permuted_digits.sgd runs again: method.spaces is " in reason
+    monkeypatch.setattr("clagrange.study.search.checksum", lambda stream: "other")
+    batches, reason = again(other)
+    assert batches == 10
+    assert "its data are others" in reason
+    monkeypatch.setattr("clagrange.study.search.code_version", lambda: "clagrange 9")
+    batches, reason = again(other)
+    assert batches == 0
+    assert f"warning: trials of {code_version()} are kept (permuted_digits.l2_init" in reason
+
+
+def test_an_unfinished_method_of_another_version_begins_anew(tmp_path, monkeypatch):
+    search, target = load_search(write(tmp_path / "search.yaml", SEARCH)), tmp_path / "found.json"
+    pretend(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(search, target, lambda line: None)
+    assert json.loads(target.read_text())["under_way"]["method"] == ["permuted_digits", "l2_init"]
+    monkeypatch.setattr("clagrange.study.search.code_version", lambda: "clagrange 9")
+    batches, said = pretend(monkeypatch), []
+    report = run_search(search, target, said.append)
+    assert said[0].startswith("permuted_digits.l2_init begins anew")
+    assert sum(map(len, batches)) == 16
+    methods = report["streams"]["permuted_digits"]["methods"]
+    assert {entry["origin"]["version"] for entry in methods.values()} == {"clagrange 9"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"trials": 6}, "trials"), ({"refinements": 0}, "refinements"), ({"sampler": "random"}, "sampler")],
+)
+def test_a_file_of_another_search_is_refused(tmp_path, monkeypatch, change, named):
+    pretend(monkeypatch)
+    target = tmp_path / "found.json"
+    run_search(load_search(write(tmp_path / "search.yaml", SEARCH)), target, lambda line: None)
+    before = target.read_bytes()
+    other = load_search(write(tmp_path / "other.yaml", {**SEARCH, **change}))
+    with pytest.raises(SettingsError, match=rf"holds a search with other settings \({named}\)"):
+        run_search(other, target)
+    assert target.read_bytes() == before
+
+
+def test_tune_stores_the_winners_beside_the_trials(tmp_path, monkeypatch, capsys):
+    pretend(monkeypatch)
+    config, out = write(tmp_path / "search.yaml", SEARCH), tmp_path / "search.json"
+    assert main(["tune", str(config), "--out", str(out)]) == 0
+    winners = tmp_path / "search_winners.yaml"
+    text = winners.read_text()
+    assert f"# The winners of {config}: of each method the best of 8 trials\n" in text
+    assert code_version() in text
+    study = load_study(winners)
+    assert not set(study.seeds) & set(SEARCH["seeds"])
+    assert list(study.streams["permuted_digits"].methods) == ["l2_init", "sgd"]
+    for arguments in (["--out", str(config)], ["--out", str(out), "--study", str(config)]):
+        assert main(["tune", str(config), *arguments]) == 2
+        assert "expected a file of its own" in capsys.readouterr().err
+    assert yaml.safe_load(config.read_text()) == SEARCH
 
 
 def test_scales():
