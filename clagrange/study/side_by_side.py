@@ -26,6 +26,7 @@ def stacked(methods: list[Method], repeats: int) -> Method:
     """One method whose numbers are tensors: the settings of all, each repeated for every seed.
 
     Example:
+        >>> from clagrange.study.methods import METHODS
         >>> stacked([METHODS["sgd"](lr=0.5), METHODS["sgd"](lr=0.25)], 2).lr
         tensor([0.5000, 0.5000, 0.2500, 0.2500], dtype=torch.float64)
     """
