@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.stats import qmc
@@ -79,13 +79,19 @@ class Space:
         """A smaller space around settings of this one."""
         return Space(self.fixed, {name: ranges.around(settings[name]) for name, ranges in self.ranges.items()})
 
-    def examples(self) -> list[Settings]:
-        """The middle of all ranges, and the same with one setting at an end of its range or at another choice."""
+    def examples(self, *, ends: bool) -> list[Settings]:
+        """The middle of all ranges, and the same with one setting at its extremes, or at another choice.
+
+        Args:
+            ends: whether the extremes are the ends themselves, or almost.
+        """
         middle = self.at([0.5] * len(self.ranges))
-        others = [
-            {**middle, name: value} for name, dimension in self.ranges.items() for value in dimension.grid(2)
-        ]
-        return [middle, *others]
+        shares = (0.0, 1.0) if ends else (0.001, 0.999)
+        extremes = {
+            name: dimension.values if dimension.scale == "choice" else [dimension.at(share) for share in shares]
+            for name, dimension in self.ranges.items()
+        }
+        return [middle, *({**middle, name: value} for name, several in extremes.items() for value in several)]
 
     @property
     def written(self) -> Settings:
@@ -107,7 +113,12 @@ class Sampler(ABC):
     """Chooses the settings that are tried of a method.
 
     The settings of the first round are spread over the ranges, whatever the sampler.
+
+    Attributes:
+        reaches_ends: whether it tries the very ends of a range, which then must be possible values.
     """
+
+    reaches_ends: ClassVar[bool] = True
 
     @abstractmethod
     def plan(self, spaces: Sequence[Space], trials: int, refinements: int) -> Plan:
@@ -182,6 +193,7 @@ class Halton(_Even):
         [0.26, 0.026, 0.821]
     """
 
+    reaches_ends = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -203,6 +215,7 @@ class Random(_Even):
     Source: J. Bergstra and Y. Bengio (2012), JMLR 13, 281.
     """
 
+    reaches_ends = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
 """A search over the settings of methods: trials and seeds are the replicas of batched runs."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -8,21 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from clagrange.study.engine import Run
 from clagrange.study.files import require_writable, write_json
-from clagrange.study.methods import METHODS, Method
+from clagrange.study.methods import METHODS
 from clagrange.study.problems import SettingsError
 from clagrange.study.samplers import Halton, Plan
 from clagrange.study.search_file import MethodSearch, Search
 from clagrange.study.settings import StreamStudy, construct
+from clagrange.study.side_by_side import batches, stacked
 from clagrange.study.store import Origin, checksum, code_version
 from clagrange.tasks import TaskStream
-
-MOST_REPLICAS = 48
-"""Trials × seeds of one batched run."""
 
 Trial = dict[str, Any]
 """The settings of a trial and, once it has run, its online accuracy (or loss), as the file has them."""
@@ -154,7 +150,7 @@ def _try(
         else:
             stored = []
         entry["trials"] = done = [*done, *trials]
-        for batch in _batches(settings, len(streams)):
+        for batch in batches(settings, len(streams)):
             if not all("by_seed" in trials[index] for index in batch):
                 entry["seconds"] += _run(entry["kind"], [trials[index] for index in batch], streams, network)
                 keep()
@@ -187,31 +183,6 @@ def _goodness(trial: Trial) -> float:
     """The online accuracy, or minus the loss; −∞ of a trial that diverged."""
     score = _score(trial) if "online_accuracy" in trial else -_score(trial)
     return score if math.isfinite(score) else -math.inf
-
-
-def _batches(settings: list[dict[str, Any]], seeds: int) -> list[list[int]]:
-    """Trials that can share a batched run: their words and whole numbers agree, and they are not too many."""
-    groups: dict[str, list[int]] = {}
-    for index, trial in enumerate(settings):
-        words = {key: value for key, value in trial.items() if not isinstance(value, float)}
-        groups.setdefault(json.dumps(words, sort_keys=True), []).append(index)
-    most = max(1, MOST_REPLICAS // seeds)
-    return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
-
-
-def stacked(methods: list[Method], repeats: int) -> Method:
-    """One method whose numbers are tensors: the settings of all, each repeated for every seed.
-
-    Example:
-        >>> stacked([METHODS["sgd"](lr=0.5), METHODS["sgd"](lr=0.25)], 2).lr
-        tensor([0.5000, 0.5000, 0.2500, 0.2500], dtype=torch.float64)
-    """
-    changes = {}
-    for field in dataclasses.fields(methods[0]):
-        values = [getattr(method, field.name) for method in methods]
-        if any(value != values[0] for value in values):
-            changes[field.name] = torch.tensor(values, dtype=torch.float64).repeat_interleave(repeats)
-    return dataclasses.replace(methods[0], **changes)
 
 
 def study_of_winners(search: Search, report: Mapping[str, Any]) -> str:

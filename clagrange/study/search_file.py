@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clagrange._checks import did_you_mean
-from clagrange.study.methods import METHODS
+from clagrange.study.methods import METHODS, Method
 from clagrange.study.problems import Key, Problems, SettingsError, check_mapping, read_document
 from clagrange.study.samplers import (
     SAMPLERS,
@@ -34,6 +35,7 @@ from clagrange.study.settings import (
     stream_methods,
     without_its_package,
 )
+from clagrange.study.side_by_side import batches, stacked
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ def load_search(source: str | Path, *, left_out: Callable[[str], None] | None = 
         if study is not None:
             streams[name] = study
     _check_tasks(problems, tree["study"]["tasks"], streams)
-    for alternatives in _alternatives(streams, methods):
-        check_runs(problems, Study(seeds or (0,), alternatives), tree["streams"])
+    for runs in _trial_runs(streams, methods, sampler is not None and sampler.reaches_ends):
+        check_runs(problems, Study(seeds or (0,), runs), tree["streams"])
     problems.raise_any()
     if not any(methods.values()):
         raise SettingsError("methods: expected one whose package is installed, got none")
@@ -213,7 +215,7 @@ def _method_search(
             fixed = {name: value for name, value in values.items() if not isinstance(value, dict)}
             spaces.append(Space(fixed, ranges))
             with problems.caught(), without_its_package(reasons.append if left_out else None):
-                for settings in spaces[-1].examples():
+                for settings in spaces[-1].examples(ends=sampler is not None and sampler.reaches_ends):
                     construct(METHODS, kind, settings, where)
             with problems.caught():
                 _check_space(sampler, spaces[-1], shares(trials, len(alternatives))[place], where)
@@ -288,21 +290,24 @@ def _check_tasks(problems: Problems, tasks: Any, streams: Mapping[str, StreamStu
                 construct(STREAMS, streams[name].kind, settings, ("study", "tasks", name))
 
 
-def _alternatives(
-    streams: Mapping[str, StreamStudy], methods: Mapping[str, Mapping[str, MethodSearch]]
+def _trial_runs(
+    streams: Mapping[str, StreamStudy], methods: Mapping[str, Mapping[str, MethodSearch]], ends: bool
 ) -> Iterator[dict[str, StreamStudy]]:
-    """The streams with one setting of the first space of every method, of the second, and so on."""
-    most = max((len(method.spaces) for group in methods.values() for method in group.values()), default=0)
-    for place in range(most):
-        found: dict[str, StreamStudy] = {}
-        for name, stream in streams.items():
-            made = {}
-            for label, method in methods[name].items():
-                for space in method.spaces[place : place + 1]:
+    """The streams with methods that stand for all trials: the examples of every space, side by side."""
+    made: dict[tuple[str, str], list[Method]] = {}
+    for name in streams:
+        for label, method in methods[name].items():
+            where, several = ("streams", name, "methods", label), made.setdefault((name, label), [])
+            for examples in (space.examples(ends=ends) for space in method.spaces):
+                for batch in batches(examples, 1):
                     with contextlib.suppress(SettingsError):  # which is noted
-                        settings = space.examples()[0]
-                        made[label] = construct(
-                            METHODS, method.kind, settings, ("streams", name, "methods", label)
-                        )
-            found[name] = dataclasses.replace(stream, methods=made)
-        yield found
+                        tried = [construct(METHODS, method.kind, examples[place], where) for place in batch]
+                        several.append(stacked(tried, 1))
+    for turn in itertools.zip_longest(*made.values()):
+        chosen = {job: method for job, method in zip(made, turn, strict=True) if method is not None}
+        yield {
+            name: dataclasses.replace(
+                stream, methods={label: m for (of, label), m in chosen.items() if of == name}
+            )
+            for name, stream in streams.items()
+        }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
+from torch import Tensor
 
 from clagrange import tasks
 from clagrange._checks import did_you_mean
@@ -173,7 +174,7 @@ def check_runs(problems: Problems, study: Study, written: Mapping[str, Any]) -> 
 
     Args:
         problems: of the file that the study is from.
-        study: its runs are made, and not run.
+        study: its runs are made, and not run; numbers of a method may be tensors, one for each replica.
         written: the streams as the file has them.
     """
     for stream, method in study.runs():
@@ -186,7 +187,9 @@ def _try(study: Study, stream: str, method: str, written: Mapping[str, Any]) -> 
     """Make the network, optimizer and interventions of a run, so that bad numbers show before anything runs."""
     body = study.streams[stream]
     try:
-        Run(body.methods[method], [body.stream(study.seeds[0])], body.network, measured=False)
+        numbers = [value for value in vars(body.methods[method]).values() if isinstance(value, Tensor)]
+        replicas = max((len(values) for values in numbers), default=1)
+        Run(body.methods[method], [body.stream(study.seeds[0])] * replicas, body.network, measured=False)
     except (TypeError, ValueError, OSError, ImportError) as error:
         name, _, said = str(error).partition(": ")
         if name in parameters(type(body.methods[method])):

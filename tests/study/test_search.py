@@ -115,7 +115,7 @@ def pretend(monkeypatch, stop=None):
         return 1.0
 
     monkeypatch.setattr("clagrange.study.search._run", run)
-    monkeypatch.setattr("clagrange.study.search.MOST_REPLICAS", 4)
+    monkeypatch.setattr("clagrange.study.side_by_side.MOST_REPLICAS", 4)
     return batches
 
 

@@ -224,6 +224,7 @@ def test_without_its_package_optuna_is_refused_with_the_remedy(tmp_path, monkeyp
             "shrink_and_perturb: {shrink: {uniform: [0.5, 1.2]}}",
             r"9: .*\.shrink: expected a number.*got 1\.2",
         ),
+        ("sampler: grid\n", "mesu: {trust_region: {log: [0.1, 1]}}", r"10: .*\.trust_region: expected .*got 1$"),
         ("", "sgd: {lr: 1}\n      sgd: {lr: 2}", "10: .*sgd: expected each name once"),
         ("", "a/b: {kind: sgd}", "9: .*a/b: expected a name of letters"),
         ("sapmler: grid\n", "sdg: {}", "3: sapmler: .*\n.*10: .*did you mean 'sgd'"),
@@ -238,3 +239,9 @@ def test_numbers_that_yaml_reads_as_words_are_numbers(tmp_path):
     search = load(tmp_path, "sgd: {lr: {choice: [1e-3, 1e-2]}}", more="sampler: grid\n")
     (space,) = search.methods["permuted_digits"]["sgd"].spaces
     assert space.ranges["lr"].values == (0.001, 0.01)
+
+
+def test_an_end_that_no_trial_reaches_may_be_excluded(tmp_path):
+    search = load(tmp_path, "mesu: {trust_region: {log: [0.1, 1]}}", trials=48)
+    (first,) = search.plan(search.methods["permuted_digits"]["mesu"])
+    assert max(settings["trust_region"] for settings in first) < 1
