@@ -122,6 +122,16 @@ def test_a_grid_has_every_combination_with_both_ends():
     assert len(only) == 3
 
 
+def test_what_a_grid_leaves_is_tried_around_its_best_without_refinements():
+    space = Space({}, {"lr": Dimension("log", (1e-3, 1e-1), points=3)})
+    first, more = tried(Grid(), [space], 5, 0, near)
+    assert [values["lr"] for values in first] == [0.001, 0.01, 0.1]
+    assert len(more) == 2
+    assert all(0.0056 <= values["lr"] <= 0.0178 for values in more)
+    (only,) = tried(Grid(), [space], 3, 0, near)
+    assert only == first
+
+
 @pytest.mark.parametrize(("algorithm", "trials"), [("tpe", 48), ("cmaes", 48), ("gp", 24)])
 def test_optuna_learns_from_what_it_is_told(optuna, algorithm, trials):
     space = SPACES["three"][0]
