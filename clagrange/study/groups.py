@@ -15,7 +15,7 @@ from clagrange.study.results import MethodResult
 from clagrange.tasks import TaskStream
 
 TOGETHER_BYTES = 32 << 20
-"""Weights of all replicas up to which they run together without a trial.
+"""Bytes of the weights of all replicas up to which they run together without a trial.
 
 So far more replicas in a group were never slower on a CPU: small operations are shared out over more work, and
 the rest takes as long. Beyond it the tensors of a step can exceed what the C library keeps when they are freed,
@@ -43,8 +43,8 @@ def start(
         settings: further ones of `Run`.
     """
     one = build(network, streams[0].input_shape, streams[0].classes)
-    weights = sum(parameter.nbytes for parameter in one.parameters())
-    if len(streams) == 1 or len(streams) * weights <= TOGETHER_BYTES:
+    size = sum(parameter.nbytes for parameter in one.parameters())
+    if len(streams) == 1 or len(streams) * size <= TOGETHER_BYTES:
         return Run(method, streams, network, **settings)
     return Groups(method, streams, network, **settings)
 
@@ -52,8 +52,8 @@ def start(
 def group_size(start_run: Callable[[int], Run], replicas: int) -> int:
     """The number of replicas that are best trained together, by trials of a few steps.
 
-    All together, unless half as many need at most 90 % of the time for a step of one network; and so on with
-    their half. Where memory is short for a trial, fewer are taken.
+    All are tried, half as many, half of these, down to one. Fewer are taken if they need at most 90 % of the time
+    for a step of one network that the best so far needs, or where a GPU's memory is too short for more.
 
     Args:
         start_run: makes a run of so many replicas, which is thrown away.
