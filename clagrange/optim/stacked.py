@@ -91,6 +91,8 @@ def _adam_in_one_pass(tensors: Sequence[Tensor], numbers: Sequence[Number], step
             amsgrad=False,
             maximize=False,
         )
+    parameter, _, gradient_mean, gradient_square = tensors  # of which the kernel does not say that they changed
+    torch.autograd.graph.increment_version((parameter, gradient_mean, gradient_square))
 
 
 def _with_decay(gradient: Tensor, parameter: Tensor, weight_decay: Number) -> Tensor:

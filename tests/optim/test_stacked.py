@@ -141,3 +141,14 @@ def test_hyper_parameters_of_a_float32_network_keep_their_digits() -> None:
     STACKED_SGD.form([weight], lr=rates).step()
     STACKED_SGD.form([single], lr=0.3).step()
     torch.testing.assert_close(weight[1], single)
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor([0.1, 0.3])], ids=["one", "by replica"])
+@pytest.mark.parametrize("case", [STACKED_SGD, STACKED_ADAM], ids=lambda case: case.name)
+def test_a_backward_pass_through_weights_that_a_step_has_changed_is_refused(case: OptimizerCase, lr) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    loss = weight.square().sum()
+    weight.grad = torch.ones(2, 3)
+    case.form([weight], lr=lr).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
