@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_choice, check_fraction, check_number
 from clagrange.distributed import mean_over_processes, process_count
-from clagrange.interventions.unit_reset import UnitReset, zeros_for
+from clagrange.interventions.unit_reset import UnitReset, of_one_kind, zeros_for
 from clagrange.replicas import generator_of
 from clagrange.wiring import Connection, Layer, LayerMap
 
@@ -98,11 +98,7 @@ class ContinualBackprop(UnitReset):
 
     def _prepare(self) -> None:
         """Let layers of one kind share tensors, of which the state of each is a part."""
-        kinds: dict[Any, list[Connection]] = {}
-        for connection in self._connections:
-            like = zeros_for(connection)
-            kinds.setdefault((like.dtype, like.device, like.shape[:-1]), []).append(connection)
-        self._groups = [self._joined(members) for members in kinds.values()]
+        self._groups = [self._joined(members) for members in of_one_kind(self._connections)]
 
     def _joined(self, members: list[Connection]) -> "_Group":
         kept = []

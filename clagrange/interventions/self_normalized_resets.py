@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_count, check_fraction, per_replica
 from clagrange.distributed import mean_over_processes
-from clagrange.interventions.unit_reset import UnitReset, zeros_for
+from clagrange.interventions.unit_reset import UnitReset, of_one_kind, zeros_for
 from clagrange.wiring import Connection, LayerMap
 
 
@@ -65,21 +65,21 @@ class SelfNormalizedResets(UnitReset):
 
     def _prepare(self) -> None:
         """Let layers of one kind share tensors, of which the state of each is a part."""
-        kinds: dict[Any, list[Connection]] = {}
-        for connection in self._connections:
-            zeros = zeros_for(connection)
-            self._bind(
-                connection,
-                silent=zeros.long(),  # steps since it last fired
-                gaps=zeros.new_zeros(*zeros.shape, self.longest),  # how many lasted 1, 2, ... steps
-                total=zeros,
-                longer=zeros,  # how many past gaps were longer than the present silence
-            )
-            kinds.setdefault((zeros.dtype, zeros.device, zeros.shape[:-1]), []).append(connection)
-        self._groups = [(members, self._joined(members)) for members in kinds.values()]
+        self._groups = [(members, self._joined(members)) for members in of_one_kind(self._connections)]
 
     def _joined(self, members: list[Connection]) -> dict[str, Tensor]:
-        kept = [self.state[connection.name] for connection in members]
+        kept = []
+        for connection in members:
+            zeros = zeros_for(connection)
+            kept.append(
+                self._bind(
+                    connection,
+                    silent=zeros.long(),  # steps since it last fired
+                    gaps=zeros.new_zeros(*zeros.shape, self.longest),  # how many lasted 1, 2, ... steps
+                    total=zeros,
+                    longer=zeros,  # how many past gaps were longer than the present silence
+                )
+            )
         units = [connection.units for connection in members]
         joined = {}
         for name, dim in (("silent", -1), ("gaps", -2), ("total", -1), ("longer", -1)):

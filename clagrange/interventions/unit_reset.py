@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,15 @@ def zeros_for(connection: Connection) -> Tensor:
     weight = connection.producer.weight
     shape = (weight.shape[0], connection.units) if connection.stacked else (connection.units,)
     return weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32)).detach()
+
+
+def of_one_kind(found: Iterable[Connection]) -> list[list[Connection]]:
+    """The connections in groups whose units can share tensors: of one type, device and number of replicas."""
+    kinds: dict[Any, list[Connection]] = {}
+    for connection in found:
+        zeros = zeros_for(connection)
+        kinds.setdefault((zeros.dtype, zeros.device, zeros.shape[:-1]), []).append(connection)
+    return list(kinds.values())
 
 
 @torch.no_grad()
