@@ -291,9 +291,11 @@ def _tune(chosen: Namespace, console: Console) -> int:
     torch.set_flush_denormal(True)
     config, out = Path(chosen.config), Path(chosen.out)
     winners = Path(chosen.study or out.with_name(f"{out.stem}_winners.yaml"))
+    taken = {config.resolve()}
     for name, path in (("out", out), ("study", winners)):
-        if path.resolve() in {config.resolve(), *({out.resolve()} if name == "study" else ())}:
+        if path.resolve() in taken:
             raise SettingsError(f"{name}: expected a file of its own, got {path}; choose another")
+        taken.add(path.resolve())
     search = load_search(chosen.config, left_out=lambda reason: _say(f"left out: {reason}"))
     require_writable(winners.parent)
     report = run_search(
