@@ -18,7 +18,7 @@ from clagrange.study.files import FileProblem
 from clagrange.study.methods import METHODS
 from clagrange.study.reporting.summary import summarize
 from clagrange.study.results import METRICS, MethodResult
-from clagrange.study.search import stacked
+from clagrange.study.side_by_side import stacked
 from clagrange.tasks import (
     IncrementalCIFAR,
     PermutedDigits,

@@ -13,7 +13,7 @@ import pytest
 import clagrange
 from clagrange.study.engine import Run
 from clagrange.study.methods import EulerLagrangeKronecker, EulerLagrangeKroneckerInjection, Method
-from clagrange.study.search import stacked
+from clagrange.study.side_by_side import stacked
 from clagrange.tasks import PermutedDigits
 
 each = pytest.mark.parametrize("damping", ["factored", "exact"])
