@@ -2,19 +2,20 @@
 
     python benchmarks/interventions.py [--store benchmarks/interventions.json] [--threads 1]
 
-Networks 784-w-w-w-10 of ReLU units. Ratios within one run, medians over repetitions that take turns; machines are
-shared and noisy.
+Networks 784-w-w-w-10 of ReLU units. Medians over repetitions that take turns, of the ratio in each turn; machines
+are shared and noisy.
 """
 
 import argparse
 import itertools
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from speed import medians
+from speed import turns
 from torch import nn
 
 from clagrange import interventions
@@ -73,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=None, help="JSON file for the figures")
     parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own choice")
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--repetitions", type=int, default=45)
     parser.add_argument("--only", default="", help="methods whose name contains this")
     chosen = parser.parse_args()
     if chosen.threads is not None:
@@ -83,17 +84,24 @@ def main() -> None:
         "environment": environment(),
         "threads": torch.get_num_threads(),
         "step_seconds": {},
+        "times_sgd": {},
     }
     for width, batch in itertools.product((100, 2000), (1, 64)):
         steps = math.ceil(2000 / width)
         names = [name for name in METHODS if chosen.only in name]
         actions = {PLAIN: trainer(width, batch, steps, None)}
         actions |= {name: trainer(width, batch, steps, METHODS[name]) for name in names}
-        seconds = {name: value / steps for name, value in medians(actions, chosen.repetitions).items()}
+        times = turns(actions, chosen.repetitions)
+        ratios = {
+            name: statistics.median(own / plain for own, plain in zip(of_name, times[PLAIN], strict=True))
+            for name, of_name in times.items()
+        }
+        seconds = {name: statistics.median(of_name) / steps for name, of_name in times.items()}
         print(f"Training step, width {width}, batch {batch}, {figures['threads']} threads")
         for name, value in seconds.items():
-            print(f"  {name:45s} {1e6 * value:10.0f} us   {value / seconds[PLAIN]:6.2f} x {PLAIN}")
+            print(f"  {name:45s} {1e6 * value:10.0f} us   {ratios[name]:6.2f} x {PLAIN}")
         figures["step_seconds"][f"width {width}, batch {batch}"] = seconds
+        figures["times_sgd"][f"width {width}, batch {batch}"] = ratios
     if chosen.store is not None:
         write_json(chosen.store, figures)
 

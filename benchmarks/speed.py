@@ -31,7 +31,12 @@ from clagrange.tasks import PermutedDigits
 
 
 def medians(actions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each action; the actions take turns, so that a slow moment hits all."""
+    """Median seconds of each action."""
+    return {name: statistics.median(times) for name, times in turns(actions, repetitions).items()}
+
+
+def turns(actions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each action in each of so many turns; they take turns so that a slow moment hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for repetition in range(repetitions + 1):
         for name, action in actions.items():
@@ -39,7 +44,7 @@ def medians(actions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str
             action()
             if repetition:  # the first one warms up
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def network_with_gradients(width: int) -> nn.Sequential:
