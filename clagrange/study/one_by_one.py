@@ -13,7 +13,7 @@ from clagrange._checks import check_number, check_replicas
 class OneByOne(Optimizer):
     """An optimizer of its own for each of the R networks of a stacked one, behind the interface of a single one.
 
-    An optimizer that looks at the shape of a parameter, as Shampoo does, takes a stack of R matrices for one
+    An optimizer that looks at the shape of a parameter, as SOAP does, takes a stack of R matrices for one
     tensor of three dimensions. Here each replica has an optimizer that sees its rows of the parameters alone, as
     parameters of their own on the same memory. R replicas take R times as long as one. One whose matrices have no
     decomposition any more, because it has diverged, becomes NaN; the others go on.

@@ -212,7 +212,6 @@ def test_lists_are_complete_and_readable_by_programs(capsys):
     assert {entry["name"]: entry["extra"] for entry in listed if "extra" in entry} == {
         "ivon": "ivon",
         "soap": "second-order",
-        "shampoo": "second-order",
     }
     assert main(["list", "methods"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

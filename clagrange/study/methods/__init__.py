@@ -11,7 +11,7 @@ from clagrange.study.methods.gaussian import (
     EulerLagrangeKronecker,
     EulerLagrangeKroneckerInjection,
 )
-from clagrange.study.methods.optimizers import BGD, IVON, MESU, SOAP, UPGD, Muon, Shampoo
+from clagrange.study.methods.optimizers import BGD, IVON, MESU, SOAP, UPGD, Muon
 from clagrange.study.methods.plain import (
     SGD,
     Adam,
@@ -70,7 +70,6 @@ __all__ = [
     "Redo",
     "RegenerativeL1",
     "SelfNormalizedResets",
-    "Shampoo",
     "ShrinkAndPerturb",
     "SoftReset",
     "SpectralRegularization",
@@ -85,7 +84,6 @@ METHODS: dict[str, type[Method]] = {
         AdamL2,
         Muon,
         SOAP,
-        Shampoo,
         AdamInputNormalization,
         ShrinkAndPerturb,
         L2Init,

@@ -77,58 +77,21 @@ class SOAP(Method):
 
     def optimizer(self, network: nn.Module) -> Optimizer:
         """The package's optimizer."""
-        return _package_optimizer(
-            "SOAP",
-            network,
-            {"precondition_frequency": self.every, "max_precondition_dim": self.largest},
-            lr=self.lr,
-            betas=(self.beta1, self.beta2),
-            weight_decay=self.weight_decay,
+        kind = functools.partial(
+            extra_module("second-order").SOAP,
+            precondition_frequency=self.every,
+            max_precondition_dim=self.largest,
         )
-
-
-@dataclass(frozen=True)
-class Shampoo(Method):
-    """Shampoo: gradients between inverse roots of the sums of their products, one for each side of a weight.
-
-    Each replica is an optimizer of its own, of the package pytorch-optimizer. A side of width d takes a singular
-    value decomposition of a d × d matrix. Weights stay where they are until the first roots are taken.
-
-    Args:
-        lr: learning rate.
-        weight_decay: decoupled, in units of the learning rate.
-        epsilon: ε, what the sums start with, times the identity; the package's 1e-6 is lost beside large entries
-            in single precision, and a root then becomes infinite.
-        every: steps from one taking of the roots to the next.
-    """
-
-    source = "Gupta, Koren, Singer (2018)"
-    extra = "second-order"
-    lr: float = 0.1
-    weight_decay: float = 0.0
-    epsilon: float = 1e-3
-    every: int = 10
-
-    def optimizer(self, network: nn.Module) -> Optimizer:
-        """The package's optimizer."""
-        return _package_optimizer(
-            "Shampoo",
-            network,
-            {"preconditioning_compute_steps": self.every, "weight_decouple": True},
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            matrix_eps=self.epsilon,
-        )
-
-
-def _package_optimizer(name: str, network: nn.Module, settings: dict[str, Any], **numbers: Any) -> Optimizer:
-    """An optimizer of pytorch-optimizer, one for each replica of a stacked network."""
-    kind = functools.partial(getattr(extra_module("second-order"), name), **settings)
-    replicas = replicas_of(network)
-    if replicas is not None:
-        return OneByOne(network.parameters(), kind, replicas=replicas, **numbers)
-    optimizer: Optimizer = kind(network.parameters(), **numbers)
-    return optimizer
+        numbers: dict[str, Any] = {
+            "lr": self.lr,
+            "betas": (self.beta1, self.beta2),
+            "weight_decay": self.weight_decay,
+        }
+        replicas = replicas_of(network)
+        if replicas is not None:
+            return OneByOne(network.parameters(), kind, replicas=replicas, **numbers)
+        alone: Optimizer = kind(network.parameters(), **numbers)
+        return alone
 
 
 @dataclass(frozen=True)
