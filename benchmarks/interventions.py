@@ -18,9 +18,10 @@ import torch
 from speed import turns
 from torch import nn
 
+import clagrange
 from clagrange import interventions
 from clagrange.interventions import Intervention
-from clagrange.networks import mlp
+from clagrange.networks import add_layer_norm, mlp, use_crelu
 from clagrange.study.files import write_json
 from clagrange.study.machine import environment
 
@@ -41,15 +42,29 @@ METHODS: dict[str, Callable[[], Intervention]] = {
     "SelfNormalizedResets": interventions.SelfNormalizedResets,
     "ShrinkAndPerturb": interventions.ShrinkAndPerturb,
     "L2Init": interventions.L2Init,
+    "RegenerativeL1": interventions.RegenerativeL1,
+    "HareAndTortoise": interventions.HareAndTortoise,
+    "SpectralRegularization": interventions.SpectralRegularization,
+    "NormalizeAndProject": interventions.NormalizeAndProject,
+    "SoftReset": interventions.SoftReset,
     "InputNormalization": interventions.InputNormalization,
 }
+UPGD = "UPGD"
+NETWORKS: dict[str, Callable[[nn.Module], object]] = {
+    "LayerNorm": add_layer_norm,
+    "CReLU": lambda network: use_crelu(network, torch.Generator().manual_seed(0)),
+}
+OTHERS = (UPGD, *NETWORKS)
 
 
-def trainer(width: int, batch: int, steps: int, make: Callable[[], Intervention] | None) -> Callable[[], None]:
+def trainer(width: int, batch: int, steps: int, name: str) -> Callable[[], None]:
     """So many training steps on the same batch."""
     network = mlp(784, [width] * 3, 10, seed=0)
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-    method = None if make is None else make()
+    if name in NETWORKS:
+        NETWORKS[name](network)
+    kind: Any = clagrange.optim.UPGD if name == UPGD else torch.optim.SGD
+    optimizer = kind(network.parameters(), lr=1e-3)
+    method = METHODS[name]() if name in METHODS else None
     if method is not None:
         method.on_start(network, optimizer)
     generator = torch.Generator().manual_seed(0)
@@ -88,9 +103,8 @@ def main() -> None:
     }
     for width, batch in itertools.product((100, 2000), (1, 64)):
         steps = math.ceil(2000 / width)
-        names = [name for name in METHODS if chosen.only in name]
-        actions = {PLAIN: trainer(width, batch, steps, None)}
-        actions |= {name: trainer(width, batch, steps, METHODS[name]) for name in names}
+        names = [name for name in (*METHODS, *OTHERS) if chosen.only in name]
+        actions = {name: trainer(width, batch, steps, name) for name in (PLAIN, *names)}
         times = turns(actions, chosen.repetitions)
         ratios = {
             name: statistics.median(own / plain for own, plain in zip(of_name, times[PLAIN], strict=True))
