@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_choice, check_fraction, check_number
 from clagrange.distributed import mean_over_processes, process_count
-from clagrange.interventions.unit_reset import UnitReset, of_one_kind, zeros_for
+from clagrange.interventions.unit_reset import JoinedUnitReset, zeros_for
 from clagrange.replicas import generator_of
 from clagrange.wiring import Connection, Layer, LayerMap
 
@@ -21,7 +21,7 @@ _CENTERED = ("zero_contribution", "adaptable_contribution")
 _OF_INCOMING = ("adaptable_contribution", "adaptation")
 
 
-class ContinualBackprop(UnitReset):
+class ContinualBackprop(JoinedUnitReset["_Group"]):
     """After each step, replace a small fraction of the mature hidden units that are of least use.
 
     For every hidden layer with activations h, after each step and for each unit:
@@ -85,20 +85,6 @@ class ContinualBackprop(UnitReset):
         self.utility = utility
         self.decay = decay
         self.as_published = as_published
-        self._groups: list[_Group] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_groups": []}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        super().load_state_dict(state)
-        if self._connections:
-            self._prepare()
-
-    def _prepare(self) -> None:
-        """Let layers of one kind share tensors, of which the state of each is a part."""
-        self._groups = [self._joined(members) for members in of_one_kind(self._connections)]
 
     def _joined(self, members: list[Connection]) -> "_Group":
         kept = []

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +9,14 @@ from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_count, check_fraction, per_replica
 from clagrange.distributed import mean_over_processes
-from clagrange.interventions.unit_reset import UnitReset, of_one_kind, zeros_for
+from clagrange.interventions.unit_reset import JoinedUnitReset, zeros_for
 from clagrange.wiring import Connection, LayerMap
 
+_Joined = tuple[list[Connection], dict[str, Tensor]]
+"""Layers of one kind, and the tensors that they share."""
 
-class SelfNormalizedResets(UnitReset):
+
+class SelfNormalizedResets(JoinedUnitReset[_Joined]):
     """Let a unit start over when the time since it last fired is beyond what its own past makes likely.
 
     A unit fires in a step if its output is above 0 for an example of the batch. With the lengths A of its past
@@ -52,22 +54,8 @@ class SelfNormalizedResets(UnitReset):
         check_count("longest", longest)
         self.rejection = rejection
         self.longest = longest
-        self._groups: list[tuple[list[Connection], dict[str, Tensor]]] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_groups": []}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        super().load_state_dict(state)
-        if self._connections:
-            self._prepare()
-
-    def _prepare(self) -> None:
-        """Let layers of one kind share tensors, of which the state of each is a part."""
-        self._groups = [(members, self._joined(members)) for members in of_one_kind(self._connections)]
-
-    def _joined(self, members: list[Connection]) -> dict[str, Tensor]:
+    def _joined(self, members: list[Connection]) -> _Joined:
         kept = []
         for connection in members:
             zeros = zeros_for(connection)
@@ -86,7 +74,7 @@ class SelfNormalizedResets(UnitReset):
             joined[name] = torch.cat([state[name] for state in kept], dim)
             for state, part in zip(kept, joined[name].split(units, dim), strict=True):
                 state[name] = part
-        return joined
+        return members, joined
 
     @torch.no_grad()
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from clagrange.interventions.base import Intervention, forget_entries
 from clagrange.networks import he_bound
 from clagrange.replicas import generator_of
 from clagrange.wiring import Connection, Layer, LayerMap, UntraceableError, connections
+
+G = TypeVar("G")
 
 
 class UnitReset(Intervention):
@@ -93,6 +95,32 @@ class UnitReset(Intervention):
     def _start_over(self, connection: Connection, mask: Tensor, optimizer: Optimizer) -> None:
         """A fresh start of units: see `start_over`."""
         start_over(connection, mask, optimizer, self.generators, self.gain)
+
+
+class JoinedUnitReset(UnitReset, Generic[G]):
+    """A `UnitReset` in which layers of one kind share tensors, of which the state of each is a part."""
+
+    def __init__(
+        self, layers: LayerMap | None = None, gain: float = math.sqrt(2.0), seed: int | Sequence[int] = 0
+    ) -> None:
+        super().__init__(layers, gain, seed)
+        self._groups: list[G] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_groups": []}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        super().load_state_dict(state)
+        if self._connections:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        self._groups = [self._joined(members) for members in of_one_kind(self._connections)]
+
+    @abstractmethod
+    def _joined(self, members: list[Connection]) -> G:
+        """What layers of one kind share; the state of each becomes a part of it."""
 
 
 def zeros_for(connection: Connection) -> Tensor:

@@ -96,8 +96,8 @@ def _step_one(
     precision.observe(curvature, decay)
     precision.relax(group["temperature"], fraction)
     gaussian = block.gaussian
-    mean = gaussian.joint_mean() if precision.needs_mean else precision.prior_mean  # joining them takes time
-    step = precision.displacement(mean, block.gradient, **settings)
+    joint = gaussian.joint_mean() if precision.needs_mean else precision.prior_mean  # joining them takes time
+    step = precision.displacement(joint, block.gradient, **settings)
     for name, mean, part in zip(gaussian.names, gaussian.means, gaussian.split(step), strict=True):
         if name in block.moving:
             mean.add_(part)
