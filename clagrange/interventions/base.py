@@ -53,6 +53,13 @@ class Intervention(ABC):  # noqa: B024 - every moment is optional
         """Whether the method does something at a switch, announced or noticed."""
         return type(self).on_switch is not Intervention.on_switch
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the method, or its detector, looks at the gradients or changes them."""
+        return type(self).on_gradient is not Intervention.on_gradient or (
+            self.detector is not None and type(self.detector).on_gradient is not Detector.on_gradient
+        )
+
     def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Before training starts, and again whenever it goes on (a new `fit`, a resumed run)."""
         self.detach()

@@ -1,6 +1,8 @@
 """Continual backprop: generate and test."""
 
+import functools
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,25 @@ UTILITIES = ("contribution", "zero_contribution", "adaptable_contribution", "wei
 
 _CENTERED = ("zero_contribution", "adaptable_contribution")
 _OF_INCOMING = ("adaptable_contribution", "adaptation")
+
+_SMALL = 1 << 18
+"""Weights up to which all are summed at once."""
+_CACHED = 1 << 20
+"""Weights whose magnitudes stay in the cache until they are summed."""
+
+
+class _Kept(threading.local):
+    """What a thread keeps from step to step.
+
+    Attributes:
+        memory: for magnitudes; fresh memory would take longer than sums.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[torch.dtype, Tensor] = {}
+
+
+_kept = _Kept()
 
 
 class ContinualBackprop(JoinedUnitReset["_Group"]):
@@ -104,7 +125,7 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
         age, due = counts.split([counts.shape[-1] - len(members), len(members)], -1)
         mean_activation, utility = averages.split([averages.shape[-1] - age.shape[-1], age.shape[-1]], -1)
         group = _Group(members, age, mean_activation, utility, due, counts, averages)
-        for part, state in zip(group.parts(), kept, strict=True):
+        for part, state in zip(group.parts, kept, strict=True):
             state |= {name: getattr(part, name) for name in ("age", "mean_activation", "utility")}
             state["due"] = part.due[..., 0]
         return group
@@ -118,7 +139,7 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
                 self._step(group, entering, optimizer)
                 continue
             group.quiet = 0
-            for part in group.parts():
+            for part in group.parts:
                 if entering.keys() >= part.consumers:
                     self._step(part, entering, optimizer)
 
@@ -130,7 +151,7 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
             group.quiet -= 1
         elif self.utility in _OF_INCOMING and not self.as_published:
             # a replacement changes weights that the next layer takes for its incoming ones
-            for part in group.parts():
+            for part in group.parts:
                 part.age.add_(1)
                 self._observe(part, entering)
                 self._replace_due(part, optimizer)
@@ -194,7 +215,7 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
         if not number.any():
             return
         group.due -= number
-        for index, part in enumerate(group.parts()):
+        for index, part in enumerate(group.parts):
             count = number[..., index]
             if count.any():
                 mature = part.age > self.maturity
@@ -294,6 +315,7 @@ class _Group:
             for name, half in zip(("means", "outgoing"), self.now.chunk(2, -1), strict=True):
                 self._buffers[name] = half, half.split(self._widths, -1)
 
+    @functools.cached_property
     def parts(self) -> "list[_Group]":
         """The layers one by one; their tensors are parts of these."""
         tensors = (
@@ -350,25 +372,6 @@ class _Group:
         return torch.cat(means, -1)
 
 
-@dataclass(frozen=True)
-class _Scratch:
-    """Memory for the magnitudes of a weight, or of some rows at a time.
-
-    Attributes:
-        shape: of the weight.
-        magnitudes: (rows, units).
-        columns: their transpose.
-        shares: (rows,), of each row in a mean over all rows of the weight.
-        whole: whether all rows fit.
-    """
-
-    shape: torch.Size
-    magnitudes: Tensor
-    columns: Tensor
-    shares: Tensor
-    whole: bool
-
-
 class _Route:
     """The way of units to one consumer."""
 
@@ -378,16 +381,13 @@ class _Route:
         # a column of the weight for each unit
         self.plain = isinstance(consumer, nn.Linear) and link.units == consumer.in_features
         self.dimensions = 2 + link.stacked
-        self._scratch: _Scratch | None = None
+        self._shares: Tensor | None = None
 
-    def scratch(self, weight: Tensor) -> "_Scratch":
-        """Memory for as many rows as fit the cache."""
-        if self._scratch is None or self._scratch.shape != weight.shape:
-            rows = min(len(weight), max(1, (1 << 18) // weight.shape[1]))
-            memory = weight.new_empty(rows, weight.shape[1])
-            shares = weight.new_full((rows,), 1.0 / len(weight))
-            self._scratch = _Scratch(weight.shape, memory, memory.T, shares, rows == len(weight))
-        return self._scratch
+    def shares(self, weight: Tensor) -> Tensor:
+        """(rows,), of each row of a weight in a mean over them."""
+        if self._shares is None or self._shares.shape != weight.shape[:1]:
+            self._shares = weight.new_full((len(weight),), 1.0 / len(weight))
+        return self._shares
 
     def activations(self, inputs: Tensor) -> Tensor:
         """The consumer's inputs as (..., samples, units)."""
@@ -412,27 +412,42 @@ def _mean_outgoing(route: _Route, out: Tensor) -> None:
     weight = route.consumer.weight
     if not route.plain or weight.dtype != out.dtype:
         out.copy_(route.link.mean_outgoing(weight.abs(), route.consumer))
-    elif weight.dim() > 2 or weight.device.type != "cpu":
-        torch.mean(weight.abs(), -2, out=out)
-    else:  # fresh memory would cost more than the sums
-        scratch = route.scratch(weight)
-        if scratch.whole:
-            torch.abs(weight, out=scratch.magnitudes)
-            torch.mv(scratch.columns, scratch.shares, out=out)
-            return
-        out.zero_()
-        for piece in weight.detach().split(len(scratch.shares)):
-            size = len(piece)
-            torch.abs(piece, out=scratch.magnitudes[:size])
-            out.addmv_(scratch.columns[:, :size], scratch.shares[:size])
+    elif weight.dim() == 2 and weight.device.type == "cpu" and weight.numel() <= _SMALL:
+        magnitudes = torch.abs(weight, out=_memory(weight)[: weight.numel()].view(weight.shape))
+        torch.mv(magnitudes.T, route.shares(weight), out=out)
+    else:
+        out.copy_(_mean_magnitudes(weight.detach(), -2))
 
 
 def _mean_incoming(link: Connection) -> Tensor:
     """The mean magnitude of the weights into each unit, not 0."""
-    sizes = [
-        producer.weight[0].numel() if link.stacked else producer.weight.numel() for producer in link.producers
-    ]
-    means = [producer.weight.abs().flatten(2 if link.stacked else 1).mean(-1) for producer in link.producers]
+    weights = [producer.weight.detach().flatten(1 + link.stacked) for producer in link.producers]
+    means = [_mean_magnitudes(weight, -1) for weight in weights]
     if len(means) > 1:
+        sizes = [weight.shape[-2:].numel() for weight in weights]
         means = [torch.stack([size / sum(sizes) * mean for size, mean in zip(sizes, means, strict=True)]).sum(0)]
     return means[0].clamp(min=torch.finfo(means[0].dtype).tiny)
+
+
+def _mean_magnitudes(weights: Tensor, dim: int) -> Tensor:
+    """The mean of |w| over dimension -1 or -2 of (..., rows, columns), some rows at a time that fit the cache."""
+    if weights.device.type != "cpu" or weights.numel() <= _SMALL:
+        return weights.abs().mean(dim)
+    rows, columns = weights.shape[-2:]
+    stack = weights.reshape(-1, rows, columns)
+    sums = weights.new_zeros(len(stack), rows if dim == -1 else columns)
+    together, height = max(1, _CACHED // (rows * columns)), min(rows, max(1, _CACHED // columns))
+    for matrices, totals in zip(stack.split(together), sums.split(together), strict=True):
+        for start in range(0, rows, height):
+            piece = matrices[:, start : start + height]
+            magnitudes = torch.abs(piece, out=_memory(piece)[: piece.numel()].view(piece.shape))
+            into = totals[:, start : start + height] if dim == -1 else totals
+            into += magnitudes.sum(dim)
+    return sums.div_(weights.shape[dim]).view(*weights.shape[:-2], -1)
+
+
+def _memory(like: Tensor) -> Tensor:
+    """Numbers to write to, at least as many."""
+    if like.dtype not in _kept.memory or _kept.memory[like.dtype].numel() < like.numel():
+        _kept.memory[like.dtype] = like.new_empty(max(like.numel(), _SMALL))
+    return _kept.memory[like.dtype]

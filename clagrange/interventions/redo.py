@@ -62,6 +62,11 @@ class ReDo(UnitReset):
         self.watches = score == "activation"
         self.state["steps"] = 0
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the score is one of gradients."""
+        return self.score == "gradient"
+
     def _prepare(self) -> None:
         for connection in self._connections:
             self._bind(connection, magnitude=zeros_for(connection))

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from clagrange import replicas
 from clagrange._checks import (
     Number,
     check_choice,
@@ -151,6 +153,35 @@ class StackedSGD(PerParameterOptimizer):
             parameter.addcmul_(gradient, lr, value=-1.0)
         else:
             parameter.add_(gradient, alpha=-lr)
+
+
+def rates_of_plain_sgd(network: nn.Module, optimizer: Optimizer) -> dict[Tensor, Number]:
+    """The learning rate of each stacked linear layer that SGD without momentum and decay trains, by its weight.
+
+    Their step can be taken in the backward pass, see `clagrange.replicas.stepping_in_backward`, where nothing
+    else asks for their gradients; the optimizer then finds none and leaves them alone.
+
+    Example:
+        >>> network = replicas.stack([nn.Linear(3, 2)])
+        >>> list(rates_of_plain_sgd(network, torch.optim.SGD(network.parameters(), lr=0.1)).values())
+        [0.1]
+    """
+    if type(optimizer) not in (StackedSGD, torch.optim.SGD):
+        return {}
+    others = ("momentum", "weight_decay", "maximize")
+    plain = {
+        parameter: group["lr"]
+        for group in optimizer.param_groups
+        if not any(isinstance(group[name], Tensor) or group[name] for name in others)
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
+    layers = [module for module in network.modules() if type(module) is replicas.StackedLinear]
+    return {
+        layer.weight: plain[layer.weight]
+        for layer in layers
+        if all(plain.get(parameter) is plain.get(layer.weight) is not None for parameter in layer.parameters())
+    }
 
 
 class StackedAdam(PerParameterOptimizer):

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clagrange._checks import Number
 from clagrange._modes import evaluating
 from clagrange.interventions import Intervention
 from clagrange.metrics import initial_parameters, measure
 from clagrange.metrics.calibration_bins import binned_calibration_error, brier_scores, calibration_bins
 from clagrange.metrics.plasticity import hits, plasticity_of_samples
 from clagrange.networks import LOSSES, build
-from clagrange.replicas import stack
+from clagrange.optim.stacked import rates_of_plain_sgd
+from clagrange.replicas import stack, stepping_in_backward
 from clagrange.study.clock import Clock
 from clagrange.study.files import FileProblem, replacing
 from clagrange.study.methods import Method
@@ -86,9 +88,11 @@ class Run(Resumable):
     Accuracy and loss are those of each batch before the step on it. Where a method trains with drawn weights
     (`Method.samples_weights`) they are measured at the means, by a forward pass of their own, which as evaluation
     does not count in ``seconds``. Where targets are numbers there is no accuracy: it is NaN. Where tasks say
-    which classes take part, the other outputs are left out of loss and accuracy. The same predictions are counted
-    for calibration error and Brier score, many batches at a time and off the clock; with a small network and SGD
-    that takes 2 % of the time of a step.
+    which classes take part, the other outputs are left out of loss and accuracy. Predictions are counted, for
+    accuracy, calibration error and Brier score, many batches at a time and off the clock.
+
+    Where SGD has neither momentum nor decay, and no intervention asks for gradients, linear layers take their
+    step in the backward pass, see `clagrange.replicas.stepping_in_backward`.
 
     A replica whose loss is not finite has diverged. It is frozen: its weights go back to the initial ones and
     stay there, its accuracy counts as 0, and of all else it has no number from that task on. The others do not
@@ -132,6 +136,9 @@ class Run(Resumable):
         self.samples_weights = method.samples_weights
         self.optimizer = method.optimizer(self.network)
         self.interventions: list[Intervention] = method.interventions(seeds)
+        self._rates_in_backward: dict[Tensor, Number] = {}
+        if not any(intervention.needs_gradients for intervention in self.interventions):
+            self._rates_in_backward = rates_of_plain_sgd(self.network, self.optimizer)
         self.dtype = dtype
         self.next_task = 0
         self._clock = Clock()
@@ -140,7 +147,7 @@ class Run(Resumable):
         self.sample_plasticity_every = sample_plasticity_every
         self._elapsed: list[float] = []
         self._follows_samples = False
-        self._uncounted: list[tuple[Tensor, Tensor]] = []
+        self._uncounted: list[tuple[Tensor, Tensor, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
         self._initial = initial_parameters(self.network)
         self._left_out: Tensor | None = None
@@ -169,23 +176,16 @@ class Run(Resumable):
             self._measure(tasks, BEFORE_A_TASK)
         self._follows_samples = self.measured and _is_turn(number + 1, self.sample_plasticity_every)
         self._sums = {}
-        right = torch.zeros(len(tasks), dtype=torch.float64, device=self.device)
-        losses = torch.zeros_like(right)
         for epoch in range(first.epochs):
             for inputs, targets in self._chunks(tasks, number, epoch):
                 with self._clock.running():
                     for batch, answers in zip(inputs, targets, strict=True):
-                        hit, loss = self._step(batch, answers)
-                        right += hit
-                        losses += loss
+                        self._step(batch, answers)
                         if on_step is not None:
                             on_step()
-                self._mark_diverged(~losses.isfinite())
+                self._mark_diverged(~self._sums["loss"].isfinite())
         self._count()
-        batches = first.steps_of(number) * first.epochs
-        self._note("online_accuracy", right / (batches * first.batch_size))
-        self._note("loss", losses / batches)
-        self._note_counts(batches * first.batch_size)
+        self._note_counts(first.steps_of(number) * first.epochs * first.batch_size)
         if self.measured:
             self._measure_after(tasks)
         self._elapsed.append(self.seconds)
@@ -219,16 +219,17 @@ class Run(Resumable):
         made = {id(stream): stream.task(number).to(self.device) for stream in self.streams}
         return [made[id(stream)] for stream in self.streams]
 
-    def _step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """One training step; hits and mean loss of each replica before it."""
+    def _step(self, inputs: Tensor, targets: Tensor) -> None:
+        """One training step; what was predicted before it waits to be counted."""
         before = self._logits_at_mean(inputs) if self.samples_weights or self._follows_samples else None
         self.optimizer.zero_grad()
         logits = self._logits(inputs)
         losses = self.loss(logits, targets, reduction="none")
-        means = losses.mean(1)
-        means.sum().backward()
+        with stepping_in_backward(self._rates_in_backward):
+            losses.backward(torch.full_like(losses, 1.0 / losses.shape[1]))  # of the sum of the mean losses
+        logits, losses = logits.detach(), losses.detach()
         for intervention in self.interventions:
-            intervention.loss_known(self.network, means)
+            intervention.loss_known(self.network, losses.mean(1))
             intervention.gradient_known(self.network, self.optimizer)
         self.optimizer.step()
         for intervention in self.interventions:
@@ -238,23 +239,18 @@ class Run(Resumable):
         if self._follows_samples and before is not None:
             with self._clock.stopped():
                 self._count_gain(before, inputs, targets)
-        logits, losses = logits.detach(), losses.detach()
         if self.samples_weights and before is not None:
             logits, losses = before, self.loss(before, targets, reduction="none")
-        if self.measured and not targets.is_floating_point():
-            self._uncounted.append((logits, targets))
-            if len(self._uncounted) == TOGETHER:
-                with self._clock.stopped():
-                    self._count()
-        if targets.is_floating_point():
-            return torch.full_like(losses[:, 0], torch.nan), losses.mean(1)
-        # a prediction that is not finite is wrong
-        right = (logits.argmax(-1) == targets) & losses.isfinite() & ~self.diverged.unsqueeze(1)
-        return right.sum(1), losses.mean(1)
+        self._add("loss", losses.sum(1))
+        self._uncounted.append((logits, losses, targets))
+        if len(self._uncounted) == TOGETHER:
+            with self._clock.stopped():
+                self._count()
 
     def _mark_diverged(self, bad: Tensor) -> None:
         """Mark replicas as diverged, once for all, and freeze them."""
         if bool((bad & ~self.diverged).any()):
+            self._count()
             self.diverged = self.diverged | bad
             self._any_diverged = True
             self._freeze()
@@ -284,14 +280,21 @@ class Run(Resumable):
             return self._logits(inputs)
 
     def _count(self) -> None:
-        """Add what the waiting predictions say of their calibration."""
+        """Add what the waiting predictions say of accuracy and calibration."""
         if not self._uncounted:
             return
-        logits, targets = (torch.cat(parts, 1) for parts in zip(*self._uncounted, strict=True))
+        logits, losses, targets = (torch.cat(parts, 1) for parts in zip(*self._uncounted, strict=True))
         self._uncounted = []
-        probabilities = logits.softmax(-1)
-        self._add("brier_score", brier_scores(probabilities, targets).sum(-1))
-        self._add("calibration_error", calibration_bins(probabilities, targets))
+        if targets.is_floating_point():
+            self._add("online_accuracy", torch.full_like(losses[:, 0], torch.nan))
+            return
+        # a prediction that is not finite is wrong
+        right = (logits.argmax(-1) == targets) & losses.isfinite() & ~self.diverged.unsqueeze(1)
+        self._add("online_accuracy", right.sum(1))
+        if self.measured:
+            probabilities = logits.softmax(-1)
+            self._add("brier_score", brier_scores(probabilities, targets).sum(-1))
+            self._add("calibration_error", calibration_bins(probabilities, targets))
 
     def _count_gain(self, before: Tensor, inputs: Tensor, targets: Tensor) -> None:
         """Add what a step gained on the examples it was made on."""

@@ -241,14 +241,26 @@ def test_a_random_choice_is_uniform_and_of_the_seed() -> None:
     assert gone[-1] == gone[0]
 
 
-def test_magnitudes_of_large_weights_are_the_same() -> None:
+@pytest.mark.parametrize(
+    ("stacked", "widths"), [(1, (1100, 1000)), (1, (1100, 10)), (3, (1100, 1000)), (3, (300, 400))]
+)
+def test_magnitudes_of_large_weights_are_the_same(stacked: int, widths: tuple[int, int]) -> None:
     """They are added up in another way."""
-    net = nn.Sequential(nn.Linear(3, 1100), nn.ReLU(), nn.Linear(1100, 1000))
-    method = ContinualBackprop(utility="weight", decay=0.0)
-    optimizer = still(net)
-    method.on_start(net, optimizer)
-    step_with(net, optimizer, method, torch.randn(2, 3), torch.randint(2, (2,)))
-    torch.testing.assert_close(method.state["0"]["utility"], net[2].weight.detach().abs().mean(0))
+    wide, out = widths
+    nets = [nn.Sequential(nn.Linear(700, wide), nn.ReLU(), nn.Linear(wide, out)) for _ in range(stacked)]
+    net, data = nets[0], (torch.randn(2, 700), torch.randint(2, (2,)))
+    if stacked > 1:
+        net, data = replicas.stack(nets), (torch.randn(stacked, 2, 700), torch.randint(2, (stacked, 2)))
+    for utility, expected in (
+        ("weight", net[2].weight.detach().abs().mean(-2)),
+        ("adaptation", 1 / net[0].weight.detach().abs().mean(-1)),
+    ):
+        method = ContinualBackprop(utility=utility, decay=0.0)
+        optimizer = still(net)
+        method.on_start(net, optimizer)
+        step_with(net, optimizer, method, *data)
+        torch.testing.assert_close(method.state["0"]["utility"], expected)
+        method.detach()
 
 
 # ---------------------------------------------------------------------------------- replicas, structure, use

@@ -1,5 +1,7 @@
 """StackedSGD, StackedAdam and StackedMuon equal torch's optimizers, replica by replica."""
 
+import copy
+
 import pytest
 import torch
 from cases import (
@@ -14,10 +16,12 @@ from cases import (
     mlp,
     train,
 )
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from clagrange import replicas
-from clagrange.optim.stacked import orthogonal
+from clagrange.optim import StackedSGD
+from clagrange.optim.stacked import orthogonal, rates_of_plain_sgd
 
 each = pytest.mark.parametrize("case", [STACKED_SGD, STACKED_ADAM, STACKED_MUON], ids=lambda case: case.name)
 
@@ -152,3 +156,79 @@ def test_a_backward_pass_through_weights_that_a_step_has_changed_is_refused(case
     case.form([weight], lr=lr).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# ---------------------------------------------------------------------------------- steps in the backward pass
+@pytest.mark.parametrize("examples", [1, 5])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor([0.1, 0.0, 0.4][:R])], ids=["a number", "one for each replica"])
+def test_a_step_in_the_backward_pass_is_that_of_sgd(examples: int, lr: float | Tensor) -> None:
+    def network() -> nn.Module:
+        layers = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3, bias=False)) for _ in range(R)]
+        return replicas.stack(layers).double()
+
+    torch.manual_seed(0)
+    ours = network()
+    theirs = copy.deepcopy(ours)
+    optimizers = [StackedSGD(net.parameters(), lr=lr) for net in (ours, theirs)]
+    rates = rates_of_plain_sgd(ours, optimizers[0])
+    assert set(rates) == {ours[0].weight, ours[2].weight}
+    for _ in range(3):
+        inputs = torch.randn(R, examples, 4, dtype=torch.float64)
+        with replicas.stepping_in_backward(rates):
+            ours(inputs).square().sum().backward()
+        theirs(inputs).square().sum().backward()
+        assert all(parameter.grad is None for parameter in ours.parameters())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same_tensors(dict(ours.named_parameters()), dict(theirs.named_parameters()), rtol=1e-12, atol=1e-14)
+
+
+def test_half_precision_steps_in_the_backward_pass() -> None:
+    layer = replicas.stack([nn.Linear(4, 3) for _ in range(2)]).bfloat16()
+    before = layer.weight.detach().clone()
+    with replicas.stepping_in_backward({layer.weight: torch.tensor([0.0, 0.5])}):
+        layer(torch.ones(2, 1, 4, dtype=torch.bfloat16)).sum().backward()
+    assert torch.equal(layer.weight[0], before[0])
+    torch.testing.assert_close(layer.weight[1], before[1] - 0.5)
+
+
+def test_after_the_block_gradients_arrive_as_ever() -> None:
+    layer = replicas.stack([nn.Linear(4, 3)])
+    with pytest.raises(KeyboardInterrupt), replicas.stepping_in_backward({layer.weight: 0.1}):
+        raise KeyboardInterrupt
+    before = layer.weight.detach().clone()
+    layer(torch.ones(1, 2, 4)).sum().backward()
+    assert torch.equal(layer.weight, before)
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is not None
+
+
+def test_a_layer_that_is_called_twice_is_refused() -> None:
+    """The second of its backward passes would meet weights that the first has changed."""
+    layer = replicas.stack([nn.Linear(3, 3)])
+    with replicas.stepping_in_backward({layer.weight: 0.1}), pytest.raises(RuntimeError, match="inplace"):
+        layer(layer(torch.ones(1, 2, 3))).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, weight_decay=0.1),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, maximize=True),
+        lambda parameters: StackedSGD(parameters, lr=0.1, momentum=torch.tensor([0.0, 0.9])),
+        lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+    ],
+    ids=["momentum", "decay", "maximize", "momentum of replicas", "Adam"],
+)
+def test_only_plain_sgd_steps_in_the_backward_pass(optimizer) -> None:
+    network = replicas.stack([nn.Linear(3, 2) for _ in range(2)])
+    assert rates_of_plain_sgd(network, optimizer(network.parameters())) == {}
+
+
+def test_frozen_and_other_parameters_wait_for_the_optimizer() -> None:
+    network = replicas.stack([nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 2))])
+    network[0].bias.requires_grad_(False)
+    groups = [{"params": [network[2].weight]}, {"params": [network[2].bias, *network[3].parameters()], "lr": 0.2}]
+    assert rates_of_plain_sgd(network, torch.optim.SGD(groups, lr=0.1)) == {network[3].weight: 0.2}

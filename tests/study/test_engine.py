@@ -206,6 +206,28 @@ def test_told_of_switches_is_said_of_those_that_use_them():
     }
 
 
+def test_sgd_steps_in_the_backward_pass_where_nothing_needs_the_gradients():
+    of_itself = {name for name, kind in METHODS.items() if kind.extra is None and _in_backward(kind())}
+    assert {"sgd", "continual_backprop", "shrink_and_perturb", "redo", "head_reset"} < of_itself
+    assert not {"l2_init", "spectral_regularization", "graded_continual_backprop", "adam"} & of_itself
+    assert not _in_backward(METHODS["redo"](score="gradient"))
+    assert not _in_backward(METHODS["head_reset"](base="adam"))
+
+
+def _in_backward(method):
+    return Run(method, [stream(0)], [8, 6])._rates_in_backward
+
+
+@pytest.mark.parametrize("name", ["sgd", "continual_backprop", "shrink_and_perturb", "redo", "layer_norm"])
+def test_steps_in_the_backward_pass_come_to_the_same(name, monkeypatch):
+    method = METHODS[name](**FAST.get(name, {}))
+    inside = finished(method, [stream(0), stream(1)], dtype=torch.float64)
+    monkeypatch.setattr(engine, "rates_of_plain_sgd", lambda network, optimizer: {})
+    apart = finished(method, [stream(0), stream(1)], dtype=torch.float64)
+    for key in METRICS:
+        np.testing.assert_allclose(inside.metrics[key], apart.metrics[key], rtol=1e-8, atol=1e-12)
+
+
 def test_how_much_is_made_at_once_plays_no_part(monkeypatch):
     whole = finished(METHODS["adam"](), [stream(0), stream(1)])
     monkeypatch.setattr(engine, "CHUNK", 1)
