@@ -124,7 +124,7 @@ def follow(inverse: Tensor, rows: Tensor, share: float | Tensor) -> Tensor:
     # of few rows, two products with the inverse root take a sixth of the time of two solutions for n columns
     inverse_root = torch.linalg.solve_triangular(root, unit, upper=False)
     half = inverse_root @ projected
-    solved: Tensor = inverse_root.mT @ half / share
+    solved: Tensor = (inverse_root.mT / share) @ half
     if not isinstance(share, Tensor) and bool(safe.all()):
         grown = 1.0 / (1.0 - share)
     else:

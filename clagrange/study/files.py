@@ -12,6 +12,11 @@ from typing import Any
 
 from clagrange.study.machine import lives, this_host
 
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows, where two processes must not share a folder
+    fcntl = None  # type: ignore[assignment]
+
 PARTIAL = "partial-"
 """In the names of files that are being written, and of what a process leaves that is killed while it writes."""
 
@@ -72,6 +77,54 @@ def replacing(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(lock: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file, which the holder may remove; it is free again when its process ends, however it does.
+
+    Args:
+        lock: the file; it is made, with its folder.
+        wait: whether to wait while another process holds it.
+
+    Raises:
+        BlockingIOError: if another process holds it and ``wait`` is false.
+    """
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            opened = lock.open("a")
+        except FileNotFoundError:  # removed by a process that left
+            continue
+        with opened:
+            if fcntl is not None:
+                fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                same = os.path.samestat(os.fstat(opened.fileno()), lock.stat())
+            except FileNotFoundError:
+                same = False
+            if same:
+                yield
+                return
+
+
+@contextlib.contextmanager
+def only_writer(target: Path) -> Iterator[None]:
+    """Keep other processes from writing a file in the meantime.
+
+    Raises:
+        FileProblem: if one is at it.
+    """
+    lock = target.with_name(f".{target.name}.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, wait=False))
+        except BlockingIOError as error:
+            raise FileProblem(
+                f"out: another process is writing {target}; wait until it is done, or choose another file"
+            ) from error
+        held.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 def file_name(name: str) -> str:

@@ -33,12 +33,17 @@ class Dimension:
     points: int | None = None
 
     def at(self, share: float) -> Any:
-        """The value at a share in [0, 1] of the range, in [0, 1) of a choice; numbers with three digits."""
+        """The value at a share in [0, 1] of the range, in [0, 1) of a choice.
+
+        Numbers have three digits, but for those within the range that three digits would put at its end or
+        beyond: the ends may be no possible values.
+        """
         if self.scale == "choice":
             return self.values[int(share * len(self.values))]
         low, high = self.values
         value = low * (high / low) ** share if self.scale == "log" else low + share * (high - low)
-        return float(f"{value:.3g}")
+        rounded = float(f"{value:.3g}")
+        return value if low < value < high and not low < rounded < high else rounded
 
     def grid(self, points: int) -> list[Any]:
         """So many values at equal distances, both ends included; of a choice all."""

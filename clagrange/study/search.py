@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from clagrange.study.engine import Run
-from clagrange.study.files import require_writable, write_json
+from clagrange.study.files import only_writer, require_writable, write_json
 from clagrange.study.methods import METHODS
 from clagrange.study.problems import SettingsError
 from clagrange.study.samplers import Halton, Plan
@@ -39,8 +39,14 @@ def run_search(search: Search, target: Path, say: Callable[[str], None] = print)
 
     Raises:
         SettingsError: if ``target`` holds a search with other settings.
+        FileProblem: if it cannot be written, or another process is writing it.
     """
     require_writable(target.parent)
+    with only_writer(target):
+        return _run_search(search, target, say)
+
+
+def _run_search(search: Search, target: Path, say: Callable[[str], None]) -> dict[str, Any]:
     report, under_way = _begin(search, target)
     kept: dict[str, list[str]] = {}
     for name, study in search.streams.items():

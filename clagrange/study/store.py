@@ -32,18 +32,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import clagrange
 from clagrange.study.engine import Run, read_checkpoint
-from clagrange.study.files import FileProblem, remove_leftovers, replacing, require_writable
+from clagrange.study.files import FileProblem, locked, remove_leftovers, replacing, require_writable
 from clagrange.study.groups import Groups
 from clagrange.study.machine import beginning_of, lives, this_host
 from clagrange.study.problems import SettingsError
 from clagrange.study.results import MethodResult
 from clagrange.study.settings import Study
 from clagrange.tasks import TaskStream
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows, where two processes must not share a folder
-    fcntl = None  # type: ignore[assignment]
 
 Job = tuple[str, str]
 """A run: the names of its stream and its method."""
@@ -369,29 +364,14 @@ class Folder:
     def alone(self) -> Iterator[None]:
         """As the only process that looks after the folder; others wait."""
         guard = self.path / "locks" / "guard"
-        while True:
-            guard.parent.mkdir(parents=True, exist_ok=True)
+        with locked(guard):
             try:
-                opened = guard.open("a")
-            except FileNotFoundError:  # removed by a process that left
-                continue
-            with opened:
-                if fcntl is not None:
-                    fcntl.flock(opened, fcntl.LOCK_EX)
-                try:
-                    same = os.path.samestat(os.fstat(opened.fileno()), guard.stat())
-                except FileNotFoundError:
-                    same = False
-                if not same:
-                    continue
-                try:
-                    yield
-                finally:
-                    if not _locks(guard.parent):
-                        guard.unlink(missing_ok=True)
-                        with contextlib.suppress(OSError):  # another process has come
-                            guard.parent.rmdir()
-                return
+                yield
+            finally:
+                if not _locks(guard.parent):
+                    guard.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # another process has come
+                        guard.parent.rmdir()
 
     def take(self, job: Job) -> str | None:
         """Take a run for this process; or say which living process has it."""

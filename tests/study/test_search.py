@@ -1,6 +1,7 @@
 """The search: equal trials, other seeds than the study, resumable, and the source of the demo's settings."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from clagrange.cli import main
+from clagrange.study.files import only_writer
 from clagrange.study.problems import SettingsError
 from clagrange.study.samplers import Dimension
 from clagrange.study.search import run_search, study_of_winners
@@ -220,10 +222,27 @@ def test_tune_stores_the_winners_beside_the_trials(tmp_path, monkeypatch, capsys
     assert yaml.safe_load(config.read_text()) == SEARCH
 
 
+def test_two_processes_do_not_tune_into_one_file(tmp_path):
+    config, out = tmp_path / "search.yaml", tmp_path / "out.json"
+    config.write_text(yaml.safe_dump(SEARCH))
+    with only_writer(out):
+        held = subprocess.run(
+            [sys.executable, "-m", "clagrange", "tune", str(config), "--out", str(out)],
+            capture_output=True,
+            text=True,
+        )
+    assert held.returncode == 2
+    assert "another process is writing" in held.stderr
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_scales():
     assert Dimension("log", (1e-4, 1.0)).at(0.5) == pytest.approx(1e-2)
     assert Dimension("uniform", (0.0, 2.0)).at(0.25) == 0.5
     assert [Dimension("choice", ("a", "b")).at(share) for share in (0.0, 0.49, 0.5, 0.99)] == ["a", "a", "b", "b"]
+    for share in (1e-4, 1e-9, 0.99999):  # three digits would be the ends, which may be impossible
+        assert 0.0 < Dimension("uniform", (0.0, 0.9999)).at(share) < 0.9999
+    assert [Dimension("log", (1e-4, 0.9999)).at(share) for share in (0.0, 1.0)] == [1e-4, 1.0]
     assert Dimension("log", (1e-4, 1.0)).around(1e-4).values == pytest.approx((1e-4, 1e-4 * 10**0.5))
 
 
