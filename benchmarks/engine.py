@@ -16,10 +16,10 @@ https://github.com/shibhansh/loss-of-plasticity) is given: backprop and continua
 at batch 1, as its experiment on permuted MNIST trains them, whatever it logs left out. Each of its learners has a
 process and a thread of its own.
 
-The floor of a step is what memory allows: forward and backward pass read the weights once each, the backward pass
-writes a gradient, and SGD reads it and the weights and writes the weights: six times the bytes of the weights,
-but for the first layer, which the backward pass does not read, over the bandwidth at which both processes read
-and write numbers in place. Networks that fit into a cache can be faster than that.
+The floor of a step is what memory allows to SGD that writes no gradient: forward and backward pass read the
+weights once each, and the step reads and writes them: four times the bytes of the weights, but for the first
+layer, which the backward pass does not read, over the bandwidth at which both processes read and write numbers in
+place. (A gradient is written and read: two more.) Networks that fit into a cache can be faster than that.
 
 What a task costs from the first to the thousandth is measured by benchmarks/memory.py.
 """
@@ -57,7 +57,7 @@ NUMBERS = 16 << 20
 """Numbers that are read and written to measure the bandwidth, more than caches hold."""
 BATCH = 16
 HIDDEN = [100, 100]
-REPLICAS = (5, 16)
+REPLICAS = (5, 10, 20, 40)
 GROUPS = {100: (4, 16, 48), 2000: (1, 2, 4)}
 """For each width of the published networks, the numbers of replicas of which the best counts."""
 CONTINUAL = {"replacement_rate": 1e-4, "maturity": 100, "utility": "adaptable_contribution"}
@@ -234,7 +234,7 @@ def compare(rates: dict[str, list[float]], label: str, rivals: str) -> dict[str,
 def floor(width: int, rate: float) -> float:
     """Model-steps per second of SGD at batch 1 that a bandwidth allows, of three hidden layers of a width."""
     first, weights = 784 * width, 784 * width + 2 * width**2 + 10 * width
-    return rate / (4 * (6 * weights - first))
+    return rate / (4 * (4 * weights - first))
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_choice, check_fraction, check_number
 from clagrange.distributed import mean_over_processes, process_count
+from clagrange.interventions.magnitudes import magnitudes, sums_of_magnitudes
 from clagrange.interventions.unit_reset import JoinedUnitReset, zeros_for
 from clagrange.replicas import generator_of
 from clagrange.wiring import Connection, Layer, LayerMap
@@ -23,23 +23,7 @@ _CENTERED = ("zero_contribution", "adaptable_contribution")
 _OF_INCOMING = ("adaptable_contribution", "adaptation")
 
 _SMALL = 1 << 18
-"""Weights up to which all are summed at once."""
-_CACHED = 1 << 20
-"""Weights whose magnitudes stay in the cache until they are summed."""
-
-
-class _Kept(threading.local):
-    """What a thread keeps from step to step.
-
-    Attributes:
-        memory: for magnitudes; fresh memory would take longer than sums.
-    """
-
-    def __init__(self) -> None:
-        self.memory: dict[torch.dtype, Tensor] = {}
-
-
-_kept = _Kept()
+"""Weights up to which a product takes less time than sums by torch."""
 
 
 class ContinualBackprop(JoinedUnitReset["_Group"]):
@@ -409,45 +393,20 @@ def _mean_magnitude(samples: Tensor, out: Tensor) -> None:
 
 def _mean_outgoing(route: _Route, out: Tensor) -> None:
     """The mean magnitude of the weights out of each unit."""
-    weight = route.consumer.weight
+    weight = route.consumer.weight.detach()
     if not route.plain or weight.dtype != out.dtype:
         out.copy_(route.link.mean_outgoing(weight.abs(), route.consumer))
     elif weight.dim() == 2 and weight.device.type == "cpu" and weight.numel() <= _SMALL:
-        magnitudes = torch.abs(weight, out=_memory(weight)[: weight.numel()].view(weight.shape))
-        torch.mv(magnitudes.T, route.shares(weight), out=out)
+        torch.mv(magnitudes(weight).T, route.shares(weight), out=out)
     else:
-        out.copy_(_mean_magnitudes(weight.detach(), -2))
+        torch.div(sums_of_magnitudes(weight, -2), weight.shape[-2], out=out)
 
 
 def _mean_incoming(link: Connection) -> Tensor:
     """The mean magnitude of the weights into each unit, not 0."""
-    weights = [producer.weight.detach().flatten(1 + link.stacked) for producer in link.producers]
-    means = [_mean_magnitudes(weight, -1) for weight in weights]
+    weights = [producer.weight.flatten(1 + link.stacked) for producer in link.producers]
+    means = [sums_of_magnitudes(weight, -1) / weight.shape[-1] for weight in weights]
     if len(means) > 1:
         sizes = [weight.shape[-2:].numel() for weight in weights]
         means = [torch.stack([size / sum(sizes) * mean for size, mean in zip(sizes, means, strict=True)]).sum(0)]
     return means[0].clamp(min=torch.finfo(means[0].dtype).tiny)
-
-
-def _mean_magnitudes(weights: Tensor, dim: int) -> Tensor:
-    """The mean of |w| over dimension -1 or -2 of (..., rows, columns), some rows at a time that fit the cache."""
-    if weights.device.type != "cpu" or weights.numel() <= _SMALL:
-        return weights.abs().mean(dim)
-    rows, columns = weights.shape[-2:]
-    stack = weights.reshape(-1, rows, columns)
-    sums = weights.new_zeros(len(stack), rows if dim == -1 else columns)
-    together, height = max(1, _CACHED // (rows * columns)), min(rows, max(1, _CACHED // columns))
-    for matrices, totals in zip(stack.split(together), sums.split(together), strict=True):
-        for start in range(0, rows, height):
-            piece = matrices[:, start : start + height]
-            magnitudes = torch.abs(piece, out=_memory(piece)[: piece.numel()].view(piece.shape))
-            into = totals[:, start : start + height] if dim == -1 else totals
-            into += magnitudes.sum(dim)
-    return sums.div_(weights.shape[dim]).view(*weights.shape[:-2], -1)
-
-
-def _memory(like: Tensor) -> Tensor:
-    """Numbers to write to, at least as many."""
-    if like.dtype not in _kept.memory or _kept.memory[like.dtype].numel() < like.numel():
-        _kept.memory[like.dtype] = like.new_empty(max(like.numel(), _SMALL))
-    return _kept.memory[like.dtype]

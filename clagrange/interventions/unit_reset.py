@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from clagrange._checks import check_number
 from clagrange.interventions.base import Intervention, forget_entries
+from clagrange.interventions.magnitudes import sums_of_magnitudes
 from clagrange.networks import he_bound
 from clagrange.replicas import generator_of
 from clagrange.wiring import Connection, Layer, LayerMap, UntraceableError, connections
@@ -195,5 +196,5 @@ def incoming_gradient(connection: Connection) -> Tensor | None:
     if not present:
         return None
     dtype = torch.promote_types(present[0].dtype, torch.float32)
-    total = torch.stack([gradient.abs().sum(-1).to(dtype) for gradient in present]).sum(0)
+    total = torch.stack([sums_of_magnitudes(gradient, -1).to(dtype) for gradient in present]).sum(0)
     return total / sum(gradient.shape[-1] for gradient in present)
