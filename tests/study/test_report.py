@@ -310,6 +310,27 @@ def test_labels_are_spread_in_order_and_stay_inside():
     assert moved[0] >= 0
     assert moved[-1] <= 1
     assert spread_apart([0.1, 0.5, 0.9], gap=0.06) == [0.1, 0.5, 0.9]
+    below = spread_apart([0.0, *places], gap=0.06)
+    assert below == [0.0, *moved]
+    assert spread_apart([], gap=0.06) == []
+
+
+@pytest.mark.parametrize("methods", [6, 12])
+def test_a_line_far_from_all_others_is_cut_off_and_says_so(methods):
+    several = [fake(f"method{index}") for index in range(methods)]
+    for index, result in enumerate(several):
+        result.metrics["online_accuracy"][:] = 0.1 if index == 3 else 0.8 + 0.01 * index
+    panel = accuracy_figure(several).axes[0]
+    low, high = panel.get_ylim()
+    labels = {text.get_text() for text in panel.texts}
+    assert 80 + methods - 1 < high < 100
+    if methods < 8:  # one of so few is no exception
+        assert low < 10
+        assert "method3  10.0" in labels
+    else:
+        assert 75 < low < 80
+        assert "↓ method3  10.0" in labels
+        assert all(text.xy[1] >= low for text in panel.texts)
 
 
 def test_plots_are_pictures_and_leave_no_global_state(tmp_path):

@@ -40,6 +40,8 @@ _OF_STREAM = ("dormant_units", "effective_rank")
 MEASURES = {"online_accuracy": ("online accuracy %", 100.0), "loss": ("online loss", 1.0)}
 # Spans of more than this factor are shown on a logarithmic axis.
 _LOGARITHMIC_SPAN = 50.0
+# Lines that crowd the others into less than one part of so many are cut off.
+_CROWDED = 3.0
 
 
 def write_plots(directory: Path, results: Sequence[MethodResult]) -> list[Path]:
@@ -311,11 +313,26 @@ def _heights(panel: Any) -> Array:
 
 
 def _fit_to_lines(panel: Any) -> None:
-    """Let the lines fill the panel; the wide band of a method with a diverged seed may be cut off."""
-    heights = _heights(panel)
-    if heights.size:
-        margin = 0.06 * max(float(np.ptp(heights)), 1.0)
-        panel.set_ylim(heights.min() - margin, heights.max() + margin)
+    """Let the lines fill the panel; the wide band of a method with a diverged seed may be cut off.
+
+    So may one line of eight, if without these the others have three times as much room.
+    """
+    heights = [np.asarray(line.get_ydata(), dtype=np.float64) for line in panel.lines]
+    spans = [(float(np.nanmin(line)), float(np.nanmax(line))) for line in heights if np.isfinite(line).any()]
+    if not spans:
+        return
+    lows, highs = (sorted(ends) for ends in zip(*spans, strict=True))
+    low, high = lows[0], highs[-1]
+    room = (high - low) / _CROWDED
+    for few in range(1, 1 + len(spans) // 8):
+        if high - lows[few] < room:
+            low = lows[few]
+            break
+        if highs[-1 - few] - low < room:
+            high = highs[-1 - few]
+            break
+    margin = 0.06 * max(high - low, 1.0)
+    panel.set_ylim(low - margin, high + margin)
 
 
 def _scale(panel: Any, metric: str) -> None:
@@ -338,6 +355,8 @@ def label_ends(
 ) -> None:
     """Write each method's name and last height beside the end of its line, so that no two overlap.
 
+    An arrow says where a line goes on that the panel cuts off.
+
     Args:
         panel: in the limits that it keeps.
         ends: height and method.
@@ -351,11 +370,13 @@ def label_ends(
     places = spread_apart([(end - low) / (high - low) for end, _ in shown], gap=0.062)
     right = panel.get_xlim()[1]
     for place, (end, method) in zip(places, shown, strict=True):
+        seen = min(max(end, low), high)
+        arrow = "" if end == seen else "↓ " if end < seen else "↑ "
         colour = styles[method]["color"]
         ink = tuple(0.75 * part for part in to_rgb(colour))
         panel.annotate(
-            f"{method}  {end:.1f}",
-            xy=((starts or {}).get(method, right), end),
+            f"{arrow}{method}  {end:.1f}",
+            xy=((starts or {}).get(method, right), seen),
             xycoords="data",
             xytext=(1.035, place),
             textcoords="axes fraction",
@@ -378,7 +399,7 @@ def spread_apart(places: Sequence[float], *, gap: float) -> list[float]:
     """Ascending places moved as little as this simple rule can, so that neighbours are ``gap`` apart.
 
     Places that touch form a group, spaced evenly around the mean of where they wanted to be; groups that touch
-    are joined. The result is pushed into [0, 1] if it fits.
+    are joined. What lies outside [0, 1] is pushed into it, if all fits.
 
     Example:
         >>> spread_apart([0.5, 0.5], gap=0.2)
@@ -392,10 +413,8 @@ def spread_apart(places: Sequence[float], *, gap: float) -> list[float]:
         ):
             groups[-2:] = [groups[-2] + groups[-1]]
     moved = [fmean(group) + gap * (at - (len(group) - 1) / 2) for group in groups for at in range(len(group))]
-    if not moved:
-        return []
-    shift = max(min(0.0, 1.0 - moved[-1]), -moved[0])
-    return [place + shift for place in moved]
+    last = len(moved) - 1
+    return [max(min(place, 1.0 - gap * (last - index)), gap * index) for index, place in enumerate(moved)]
 
 
 def _handle(style: dict[str, Any], label: str) -> Any:
