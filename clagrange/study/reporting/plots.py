@@ -40,6 +40,8 @@ _OF_STREAM = ("dormant_units", "effective_rank")
 MEASURES = {"online_accuracy": ("online accuracy %", 100.0), "loss": ("online loss", 1.0)}
 # Spans of more than this factor are shown on a logarithmic axis.
 _LOGARITHMIC_SPAN = 50.0
+# The height of a label at the end of a line, as a part of that of a panel of the usual height.
+_LABEL = 0.062
 # Lines that crowd the others into less than one part of so many are cut off.
 _CROWDED = 3.0
 
@@ -96,9 +98,10 @@ def accuracy_figure(results: Sequence[MethodResult]) -> Any:
     from matplotlib.figure import Figure
 
     streams, styles = by_stream(results), method_styles(results)
-    figure = Figure(figsize=(10, 0.7 + 4.3 * len(streams)), layout="constrained")
-    panels = figure.subplots(len(streams), 1, squeeze=False)[:, 0]
-    for panel, (stream, of_stream) in zip(panels, streams.items(), strict=True):
+    heights = [max(1.0, len(of_stream) * _LABEL) for of_stream in streams.values()]
+    figure = Figure(figsize=(10, 0.7 + 4.3 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(streams), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, height, (stream, of_stream) in zip(panels, heights, streams.items(), strict=True):
         window = smoothing_window(max(result.tasks for result in of_stream))
         label, scale = MEASURES[of_stream[0].measure]
         ends = [
@@ -109,7 +112,7 @@ def accuracy_figure(results: Sequence[MethodResult]) -> Any:
         _fit_to_lines(panel)
         panel.set_ylabel(f"{label}\n({_smoothed(window)})", fontsize=11, color=INK)
         panel.set_xlabel("task", fontsize=11, color=INK)
-        label_ends(panel, ends, styles)
+        label_ends(panel, ends, styles, gap=_LABEL / height)
     figure.supxlabel(f"Beside each line its last value. {_explanation(results)}", fontsize=9.5, color=INK)
     return figure
 
@@ -352,6 +355,7 @@ def label_ends(
     styles: dict[str, dict[str, Any]],
     *,
     starts: Mapping[str, float] | None = None,
+    gap: float = _LABEL,
 ) -> None:
     """Write each method's name and last height beside the end of its line, so that no two overlap.
 
@@ -362,12 +366,13 @@ def label_ends(
         ends: height and method.
         styles: of the methods.
         starts: where on the x axis the methods end; default: at the right edge.
+        gap: from one label to the next, as a part of the panel's height.
     """
     from matplotlib.colors import to_rgb
 
     low, high = panel.get_ylim()
     shown = sorted((end, method) for end, method in ends if math.isfinite(end))
-    places = spread_apart([(end - low) / (high - low) for end, _ in shown], gap=0.062)
+    places = spread_apart([(end - low) / (high - low) for end, _ in shown], gap=gap)
     right = panel.get_xlim()[1]
     for place, (end, method) in zip(places, shown, strict=True):
         seen = min(max(end, low), high)
