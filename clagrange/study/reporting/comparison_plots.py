@@ -10,6 +10,7 @@ from clagrange.metrics.intervals import interval
 from clagrange.study.reporting.aggregates import improvement, performance_profile
 from clagrange.study.reporting.plots import (
     INK,
+    LABEL,
     MEASURES,
     by_stream,
     decorate,
@@ -168,7 +169,9 @@ def cost_figure(results: Sequence[MethodResult]) -> Any:
         _plain_seconds(panel)
         panel.set_xlabel("seconds of training for each seed", fontsize=10, color=INK)
         panel.set_ylabel(label, fontsize=10, color=INK)
-        label_ends(panel, [(end, method) for end, method, _ in ends], styles, starts={m: s for _, m, s in ends})
+        starts = {method: seconds for _, method, seconds in ends}
+        named = [(end, method) for end, method, _ in ends]
+        label_ends(panel, named, styles, starts=starts, gap=min(LABEL, 1.0 / most))
     figure.supxlabel(
         "Open: told of task switches. Bars: 95 % bootstrap interval over seeds.", fontsize=9.5, color=INK
     )

@@ -41,7 +41,7 @@ MEASURES = {"online_accuracy": ("online accuracy %", 100.0), "loss": ("online lo
 # Spans of more than this factor are shown on a logarithmic axis.
 _LOGARITHMIC_SPAN = 50.0
 # The height of a label at the end of a line, as a part of that of a panel of the usual height.
-_LABEL = 0.062
+LABEL = 0.062
 # Lines that crowd the others into less than one part of so many are cut off.
 _CROWDED = 3.0
 
@@ -98,7 +98,7 @@ def accuracy_figure(results: Sequence[MethodResult]) -> Any:
     from matplotlib.figure import Figure
 
     streams, styles = by_stream(results), method_styles(results)
-    heights = [max(1.0, len(of_stream) * _LABEL) for of_stream in streams.values()]
+    heights = [max(1.0, len(of_stream) * LABEL) for of_stream in streams.values()]
     figure = Figure(figsize=(10, 0.7 + 4.3 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(streams), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, height, (stream, of_stream) in zip(panels, heights, streams.items(), strict=True):
@@ -112,7 +112,7 @@ def accuracy_figure(results: Sequence[MethodResult]) -> Any:
         _fit_to_lines(panel)
         panel.set_ylabel(f"{label}\n({_smoothed(window)})", fontsize=11, color=INK)
         panel.set_xlabel("task", fontsize=11, color=INK)
-        label_ends(panel, ends, styles, gap=_LABEL / height)
+        label_ends(panel, ends, styles, gap=LABEL / height)
     figure.supxlabel(f"Beside each line its last value. {_explanation(results)}", fontsize=9.5, color=INK)
     return figure
 
@@ -355,7 +355,7 @@ def label_ends(
     styles: dict[str, dict[str, Any]],
     *,
     starts: Mapping[str, float] | None = None,
-    gap: float = _LABEL,
+    gap: float = LABEL,
 ) -> None:
     """Write each method's name and last height beside the end of its line, so that no two overlap.
 
