@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_choice, check_fraction, check_number
 from clagrange.distributed import mean_over_processes, process_count
-from clagrange.interventions.magnitudes import magnitudes, sums_of_magnitudes
+from clagrange.interventions.magnitudes import sums_of_magnitudes
 from clagrange.interventions.unit_reset import JoinedUnitReset, zeros_for
 from clagrange.replicas import generator_of
 from clagrange.wiring import Connection, Layer, LayerMap
@@ -365,13 +365,14 @@ class _Route:
         # a column of the weight for each unit
         self.plain = isinstance(consumer, nn.Linear) and link.units == consumer.in_features
         self.dimensions = 2 + link.stacked
-        self._shares: Tensor | None = None
+        self._scratch: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def shares(self, weight: Tensor) -> Tensor:
-        """(rows,), of each row of a weight in a mean over them."""
-        if self._shares is None or self._shares.shape != weight.shape[:1]:
-            self._shares = weight.new_full((len(weight),), 1.0 / len(weight))
-        return self._shares
+    def scratch(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for the magnitudes of a small weight, its transpose, and the share of each row in their mean."""
+        if self._scratch is None or self._scratch[0].shape != weight.shape:
+            memory = weight.new_empty(weight.shape)
+            self._scratch = memory, memory.T, weight.new_full((len(weight),), 1.0 / len(weight))
+        return self._scratch
 
     def activations(self, inputs: Tensor) -> Tensor:
         """The consumer's inputs as (..., samples, units)."""
@@ -393,11 +394,13 @@ def _mean_magnitude(samples: Tensor, out: Tensor) -> None:
 
 def _mean_outgoing(route: _Route, out: Tensor) -> None:
     """The mean magnitude of the weights out of each unit."""
-    weight = route.consumer.weight.detach()
+    weight = route.consumer.weight
     if not route.plain or weight.dtype != out.dtype:
         out.copy_(route.link.mean_outgoing(weight.abs(), route.consumer))
     elif weight.dim() == 2 and weight.device.type == "cpu" and weight.numel() <= _SMALL:
-        torch.mv(magnitudes(weight).T, route.shares(weight), out=out)
+        magnitudes, columns, shares = route.scratch(weight)
+        torch.abs(weight, out=magnitudes)
+        torch.mv(columns, shares, out=out)
     else:
         torch.div(sums_of_magnitudes(weight, -2), weight.shape[-2], out=out)
 

@@ -25,14 +25,6 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def magnitudes(values: Tensor) -> Tensor:
-    """|v| of numbers on a CPU, in memory that the next call writes to: fresh memory takes longer than sums."""
-    kept = _kept.memory.get(values.dtype)
-    if kept is None or kept.numel() < values.numel():
-        kept = _kept.memory[values.dtype] = values.new_empty(max(values.numel(), _SMALL))
-    return torch.abs(values, out=kept[: values.numel()].view(values.shape))
-
-
 def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
     """Σ|v| over dimension -1 or -2 of (..., rows, columns), on a CPU as many rows at a time as fit the cache.
 
@@ -50,5 +42,13 @@ def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
     for matrices, totals in zip(stack.split(together), sums.split(together), strict=True):
         for start in range(0, rows, height):
             own = totals[:, start : start + height] if dim == -1 else totals
-            own += magnitudes(matrices[:, start : start + height]).sum(dim)
+            own += _magnitudes(matrices[:, start : start + height]).sum(dim)
     return sums.view(*values.shape[:-2], -1)
+
+
+def _magnitudes(values: Tensor) -> Tensor:
+    """|v| of numbers, in memory that the next call writes to: fresh memory takes longer than sums."""
+    kept = _kept.memory.get(values.dtype)
+    if kept is None or kept.numel() < values.numel():
+        kept = _kept.memory[values.dtype] = values.new_empty(max(values.numel(), _SMALL))
+    return torch.abs(values, out=kept[: values.numel()].view(values.shape))
