@@ -346,25 +346,30 @@ class KroneckerPrecision(Precision):
         if exact and pull is not None:
             gradient = gradient + pull
         rows, self._rows = self._rows, None
-        step = None if rows is None else self._apply_to_rows(rows)
-        if step is None:
-            step = self._apply_solver(gradient)
+        solved = None if rows is None else self._solved(rows)
         self._followed = {}
-        power = self._product(step, gradient).clamp(min=0.0) / math.prod(step.shape[int(self.stacked) :])
+        if rows is None or solved is None:
+            step = self._apply_solver(gradient)
+            power = self._product(step, gradient)
+        else:  # the same without a pass over a matrix of the gradient's size
+            d, x, share = solved
+            power = share**2 * self._product(d @ rows.d.mT, x @ rows.x.mT)
+        power = power.clamp(min=0.0) / math.prod(self.shape[int(self.stacked) :])
         length = fraction * (power / temperature).sqrt()
         tiny = torch.finfo(length.dtype).tiny
-        step = step.mul_(-fraction * (bound / length.clamp(min=tiny)).clamp(max=1.0))
+        scale = -fraction * (bound / length.clamp(min=tiny)).clamp(max=1.0)
+        step = step.mul_(scale) if solved is None else (d * (share * scale)).mT @ x
         if pull is not None and not exact:
             steps: Number = ages[0]
             if self.stacked:  # none where the inverse stays
                 late = [age * fresh for age, fresh in zip(ages, refreshed, strict=True)]
                 steps = per_replica(torch.tensor(late), gradient)
-            back, share = self._apply_solver(pull), 1.0 - (1.0 - fraction) ** steps
+            back, way = self._apply_solver(pull), 1.0 - (1.0 - fraction) ** steps
             if self.consolidated:  # merged factors may understate P: no further than to the optimum along the way
                 held = prior_pull * temperature * self._times_prior(back)
                 optimum = self._product(back, pull) / self._product(back, held).clamp(min=tiny)
-                share = torch.minimum(optimum, torch.as_tensor(share, dtype=optimum.dtype, device=optimum.device))
-            step -= share * back
+                way = torch.minimum(optimum, torch.as_tensor(way, dtype=optimum.dtype, device=optimum.device))
+            step -= way * back
         return step
 
     def _product(self, one: Tensor, other: Tensor) -> Tensor:
@@ -407,8 +412,8 @@ class KroneckerPrecision(Precision):
         ]
         return self.inputs.device.type == "cpu" and any(count < size for size in sides)
 
-    def _apply_to_rows(self, rows: LowRank) -> Tensor | None:
-        """share·(d G̃⁻¹)ᵀ(x Ã⁻¹) with the damped factors, where that is the step and the cheaper way to it."""
+    def _solved(self, rows: LowRank) -> tuple[Tensor, Tensor, float] | None:
+        """d G̃⁻¹, x Ã⁻¹ and the share with which they make the step, where that is the cheaper way to it."""
         if rows.share is None or any(self.diagonal_sides) or self.damping != "factored":
             return None
         count, sizes = rows.x.shape[-2], {"outputs": rows.d.shape[-1], "inputs": rows.x.shape[-1]}
@@ -420,7 +425,7 @@ class KroneckerPrecision(Precision):
             self._followed[side] if side in self._followed else part @ getattr(self, f"{side[:-1]}_solver")
             for side, part in (("outputs", rows.d), ("inputs", rows.x))
         )
-        return (d * rows.share).mT @ x
+        return d, x, rows.share
 
     def _apply_solver(self, gradient: Tensor) -> Tensor:
         rows, columns = self._diagonal("outputs"), self._diagonal("inputs")
