@@ -26,9 +26,9 @@ STRETCH = 65_536
 """Weights that "foreach" works on at a time on a CPU, more with more than two threads: the eight tensors of a
 step then fit the cache. Nor is a smaller parameter worth the call of a compiled function, about .1 ms."""
 
-COMPILED_FROM = 1_000_000
-"""Weights from which `best_form` compiles. It takes 5 to 10 s and saves about 5 ns a weight and step on one core,
-so that a million weights repay it within some thousand steps, and a network of 10,000 hardly ever does."""
+COMPILED_FROM = 300_000
+"""Weights from which `best_form` compiles. It takes 5 to 10 s and saves 5 to 9 ns a weight and step on one core,
+so that so many repay it within some thousand steps, and a network of 10,000 hardly ever does."""
 
 SERIES = {6: 0.2, 8: 1.125}
 """Terms of a series with which the compiled function gets by instead of an exponential, and the bound on λ up to

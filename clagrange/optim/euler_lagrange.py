@@ -63,8 +63,8 @@ class EulerLagrange(GaussianOptimizer):
         maximize: ascend instead of descend.
         foreach: use torch's multi-tensor kernels for diagonal precisions. None: where every number of the group
             is a plain one.
-        compiled: make one loop of the step of large diagonal parameters by torch.compile. None: on a CPU from a
-            million weights on, where it repays the seconds that it takes, unless ``foreach`` is chosen; see
+        compiled: make one loop of the step of large diagonal parameters by torch.compile. None: on a CPU from
+            300,000 weights on, where it repays the seconds that it takes, unless ``foreach`` is chosen; see
             `clagrange.optim.diagonal_step`.
 
     Every number may be a tensor of shape (R,) for a stacked network; torch's schedulers take plain numbers only.
