@@ -19,7 +19,7 @@ from clagrange.gaussian.factors import (
     merged_product,
     right_product,
 )
-from clagrange.gaussian.precision import Precision
+from clagrange.gaussian.precision import Precision, Product
 
 _EXAMPLES = 16
 """Examples of a batch for which the factors are observed once, by default."""
@@ -330,6 +330,32 @@ class KroneckerPrecision(Precision):
 
         At first nothing holds a weight but the prior, and steps are long: leave the bound finite.
         """
+        step = self._step(
+            mean,
+            gradient,
+            lr=lr,
+            temperature=temperature,
+            discount=discount,
+            trust_region=trust_region,
+            prior_pull=prior_pull,
+        )
+        return step if isinstance(step, Tensor) else step.multiplied()
+
+    def step(self, mean: Tensor, gradient: Tensor, **settings: Number) -> Tensor | Product:
+        """`displacement`; a `Product` where the rows of a small batch make it."""
+        return self._step(mean, gradient, **settings)
+
+    def _step(
+        self,
+        mean: Tensor,
+        gradient: Tensor,
+        *,
+        lr: Number,
+        temperature: Number,
+        discount: Number = math.inf,
+        trust_region: Number = math.inf,
+        prior_pull: Number = 1.0,
+    ) -> Tensor | Product:
         refreshed, needs_mean = self._refreshes(), self.needs_mean
         ages = [age + 1 for age in self._age]
         self._age = [0 if fresh else age for age, fresh in zip(ages, refreshed, strict=True)]
@@ -358,7 +384,13 @@ class KroneckerPrecision(Precision):
         length = fraction * (power / temperature).sqrt()
         tiny = torch.finfo(length.dtype).tiny
         scale = -fraction * (bound / length.clamp(min=tiny)).clamp(max=1.0)
-        step = step.mul_(scale) if solved is None else (d * (share * scale)).mT @ x
+        if solved is None:
+            step.mul_(scale)
+        else:
+            product = Product(d * (share * scale), x)
+            if pull is None:
+                return product
+            step = product.multiplied()
         if pull is not None and not exact:
             steps: Number = ages[0]
             if self.stacked:  # none where the inverse stays

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,22 @@ from clagrange._checks import (
 )
 from clagrange.dynamics import mean_displacement, ornstein_uhlenbeck, relaxed_precision
 from clagrange.replicas import Generators, randn_like
+
+
+class Product(NamedTuple):
+    """A matrix leftᵀ right of low rank.
+
+    Attributes:
+        left: (..., k, out).
+        right: (..., k, in).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def multiplied(self) -> Tensor:
+        """The matrix, (..., out, in)."""
+        return self.left.mT @ self.right
 
 
 class Precision(nn.Module, ABC):
@@ -108,6 +124,10 @@ class Precision(nn.Module, ABC):
         prior_pull: Number = 1.0,
     ) -> Tensor:
         """The step of the mean along the covariance, by the stable root."""
+
+    def step(self, mean: Tensor, gradient: Tensor, **settings: Number) -> "Tensor | Product":
+        """`displacement`, or the two matrices that it is the product of where it need not be multiplied out."""
+        return self.displacement(mean, gradient, **settings)
 
     @abstractmethod
     def spectrum(self) -> Tensor:

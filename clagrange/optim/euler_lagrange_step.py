@@ -97,11 +97,10 @@ def _step_one(
     precision.relax(group["temperature"], fraction)
     gaussian = block.gaussian
     joint = gaussian.joint_mean() if precision.needs_mean else precision.prior_mean  # joining them takes time
-    step = precision.displacement(joint, block.gradient, **settings)
-    for name, mean, part in zip(gaussian.names, gaussian.means, gaussian.split(step), strict=True):
-        if name in block.moving:
-            mean.add_(part)
+    step = precision.step(joint, block.gradient, **settings)
+    gaussian.add(step, block.moving)
     if resistance is not None and isinstance(precision, DiagonalPrecision):
+        assert isinstance(step, Tensor)
         velocity = block.state["velocity"].lerp_(step, 1.0 - per_replica(decay, step))
         precision.precision.copy_(
             widened_precision(

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from clagrange._checks import Number, check_choice
 from clagrange.gaussian.curvature import Observer, VarianceObserver
-from clagrange.gaussian.precision import Precision
+from clagrange.gaussian.precision import Precision, Product
 from clagrange.gaussian.sampling import MODES, WeightSampler, streams_for
 from clagrange.gaussian.structures import Structure, as_structure
 from clagrange.replicas import Generators
@@ -64,6 +64,29 @@ class GaussianBlock(NamedTuple):
         return tuple(
             self.layer.from_matrix(name, matrix) for name, matrix in zip(self.names, matrices, strict=True)
         )
+
+    def add(self, step: Tensor | Product, moving: Collection[str]) -> None:
+        """Add a step of the joint mean to those of the parameters that move."""
+        if isinstance(step, Product) and not self.layer.structure.joint:
+            step = step.multiplied()
+        if isinstance(step, Tensor):
+            for name, mean, part in zip(self.names, self.means, self.split(step), strict=True):
+                if name in moving:
+                    mean.add_(part)
+            return
+        matrices = [
+            self.layer.as_matrix(name, mean.detach()) for name, mean in zip(self.names, self.means, strict=True)
+        ]
+        rights = step.right.split([matrix.shape[-1] for matrix in matrices], -1)
+        for name, mean, matrix, right in zip(self.names, self.means, matrices, rights, strict=True):
+            if name not in moving:
+                continue
+            in_place = matrix.data_ptr() == mean.data_ptr() and matrix.is_contiguous()
+            if in_place and matrix.dtype == right.dtype:
+                many = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (matrix, step.left.mT, right))
+                torch.Tensor.baddbmm_(*many)
+            else:
+                mean.add_(self.layer.from_matrix(name, step.left.mT @ right))
 
     def joint_mean(self) -> Tensor:
         """The means as one tensor, without gradients."""
