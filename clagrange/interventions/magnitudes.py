@@ -37,13 +37,20 @@ def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
         return values.abs().sum(dim)
     rows, columns = values.shape[-2:]
     stack = values.reshape(-1, rows, columns)
-    sums = values.new_zeros(len(stack), rows if dim == -1 else columns)
-    together, height = max(1, _CACHED // (rows * columns)), min(rows, max(1, _CACHED // columns))
+    parts = 1 if dim == -1 else max(2, torch.get_num_threads())  # each thread sums the rows that it has just made
+    sums = values.new_zeros(len(stack), parts, rows if dim == -1 else columns)
+    together = max(1, _CACHED // (rows * columns))
+    height = min(rows, max(1, _CACHED // columns // parts) * parts)
     for matrices, totals in zip(stack.split(together), sums.split(together), strict=True):
         for start in range(0, rows, height):
-            own = totals[:, start : start + height] if dim == -1 else totals
-            own += _magnitudes(matrices[:, start : start + height]).sum(dim)
-    return sums.view(*values.shape[:-2], -1)
+            piece = _magnitudes(matrices[:, start : start + height])
+            if dim == -1:
+                totals[:, 0, start : start + height] = piece.sum(-1)
+            elif piece.shape[1] % parts:
+                totals[:, 0] += piece.sum(1)
+            else:
+                totals += piece.unflatten(1, (parts, -1)).sum(2)
+    return sums.sum(1).view(*values.shape[:-2], -1)
 
 
 def _magnitudes(values: Tensor) -> Tensor:
