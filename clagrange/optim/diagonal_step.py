@@ -8,15 +8,15 @@ torch's own kernels, and "compiled" makes one loop of the whole step, by torch.c
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clagrange._checks import check_choice
+from clagrange._compilation import compiling, give_up, may_compile
 from clagrange.dynamics import stable_root
 from clagrange.gaussian import DiagonalPrecision
 
@@ -34,8 +34,6 @@ SERIES = {6: 0.2, 8: 1.125}
 """Terms of a series with which the compiled function gets by instead of an exponential, and the bound on λ up to
 which it does. The rate of the mean is at most lr/r with the variance rate r. Tied to the mean's, λ stays below
 the second bound unless ``lr`` exceeds .24; with r five times lr or more it stays below the first."""
-
-_failure = ""  # why torch.compile does not work in this process; empty as long as it may
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def best_form(means: list[Tensor]) -> str:
         >>> best_form([torch.zeros(10, 64)])
         'foreach'
     """
-    if _failure or any(mean.device.type != "cpu" for mean in means):
+    if not may_compile() or any(mean.device.type != "cpu" for mean in means):
         return "foreach"
     weights = sum(
         mean.numel()
@@ -270,12 +268,11 @@ def _foreach_step(blocks: list[_Block], settings: StepSettings) -> None:
 
 def _compiled_step(blocks: list[_Block], settings: StepSettings) -> list[_Block]:
     """Step the blocks that the compiled function takes, and return the others."""
-    global _failure
     left = []
     numbers: dict[int, Tensor] = {}  # by the number of examples
     for block in blocks:
         large = block.mean.numel() > STRETCH and block.precision.dtype == torch.float32
-        rows = block.as_rows() if large and not _failure else None
+        rows = block.as_rows() if large and may_compile() else None
         if rows is None:
             left.append(block)
             continue
@@ -287,12 +284,10 @@ def _compiled_step(blocks: list[_Block], settings: StepSettings) -> list[_Block]
         except Exception as error:  # torch.compile raises many kinds
             # nothing was changed: it compiles before it computes
             left.append(block)
-            _failure = " ".join(f"{type(error).__name__}: {error}".splitlines()[:2]).strip()
-            warnings.warn(
-                f"form: the compiled step is not available, and multi-tensor kernels, several times slower, take "
-                f"its place ({_failure}); install what torch.compile needs, on a CPU a C++ compiler, or choose "
-                f"the form foreach",
-                RuntimeWarning,
+            give_up(
+                error,
+                "form: the compiled step is not available, and multi-tensor kernels, several times slower, take "
+                "its place; to be rid of this warning choose the form foreach",
                 stacklevel=4,
             )
     return left
@@ -338,25 +333,13 @@ def _call_compiled(rows: _Block, numbers: Tensor, settings: StepSettings) -> Non
 
 @functools.cache
 def _compiled() -> Callable[..., None]:
-    """`_elementwise` as one loop; it compiles when it is first called, for every kind of arguments anew."""
-    import torch._dynamo
+    """`_elementwise` as one loop."""
     import torch._inductor
 
     # multiply and add in one instruction takes a fifth of the time off; older versions of torch have a bool here
     contract = torch._inductor.config.cpp.enable_floating_point_contract_flag
-    options: dict[str, Any] = {
-        "cpp.enable_floating_point_contract_flag": "fast" if isinstance(contract, str) else True
-    }
-    compiled: Callable[..., None] = torch.compile(_elementwise, fullgraph=True, dynamic=True, options=options)
-
-    def call(*tensors: Tensor | None, **choices: bool) -> None:
-        try:
-            compiled(*tensors, **choices)
-        except Exception:  # where torch's limit of 8 kinds of arguments is reached; else it fails again
-            with torch._dynamo.config.patch(cache_size_limit=64):  # at every call it would take half of its time
-                compiled(*tensors, **choices)
-
-    return call
+    fast = "fast" if isinstance(contract, str) else True
+    return compiling(_elementwise, **{"cpp.enable_floating_point_contract_flag": fast})
 
 
 def _elementwise(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clagrange import gaussianize
+from clagrange import _compilation, gaussianize
 from clagrange.gaussian import DiagonalPrecision
 from clagrange.optim import diagonal_step as module
 from clagrange.optim.diagonal_step import COMPILED_FROM, STRETCH, StepSettings, best_form, diagonal_step
@@ -150,7 +150,7 @@ def stacked_means(dtype: torch.dtype) -> list[Tensor]:
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled form's arithmetic without the seconds that compiling takes, also for small parameters."""
     monkeypatch.setattr(module, "_compiled", lambda: module._elementwise)
-    monkeypatch.setattr(module, "_failure", "")
+    monkeypatch.setattr(_compilation, "_failure", "")
     monkeypatch.setattr(module, "STRETCH", 16)
 
 
@@ -294,7 +294,7 @@ def test_without_a_compiler_the_step_is_taken_all_the_same(monkeypatch: pytest.M
         raise RuntimeError("No working\nC++ compiler found\nand much more")
 
     monkeypatch.setattr(module, "_compiled", broken)
-    monkeypatch.setattr(module, "_failure", "")
+    monkeypatch.setattr(_compilation, "_failure", "")
     first = problem([torch.randn(300, 300), torch.randn(400, 200)])
     second = copy.deepcopy(first)
     with pytest.warns(RuntimeWarning, match=r"\(RuntimeError: No working C\+\+ compiler found\)") as seen:
@@ -379,21 +379,21 @@ def test_compiled_once_for_all_shapes_and_numbers() -> None:
 @compiling
 def test_kinds_of_arguments_beyond_the_usual_limit_of_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 1)
-    monkeypatch.setattr(module, "_failure", "")
+    monkeypatch.setattr(_compilation, "_failure", "")
     fast = problem([torch.randn(300, 300)])
     exact = fast.double()
     before = compiled_graphs()
     for settings in (VARIANTS["overdamped"], VARIANTS["trust region"]) * 2:
         fast.step(settings, "compiled")
         exact.plain_step(settings)
-    assert module._failure == ""
+    assert _compilation._failure == ""
     assert compiled_graphs() == before + 2
     fast.assert_close_to(exact, rtol=1e-6, atol=1e-6)
 
 
 @compiling
 def test_no_working_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "_failure", "")
+    monkeypatch.setattr(_compilation, "_failure", "")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     fast = problem([torch.randn(300, 300)])
     plain = copy.deepcopy(fast)
