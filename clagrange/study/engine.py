@@ -1,5 +1,6 @@
 """One method on one stream: all seeds as replicas of one batched run."""
 
+import functools
 import itertools
 import math
 import statistics
@@ -21,6 +22,7 @@ from clagrange.metrics import initial_parameters, measure
 from clagrange.metrics.calibration_bins import binned_calibration_error, brier_scores, calibration_bins
 from clagrange.metrics.plasticity import hits, plasticity_of_samples
 from clagrange.networks import LOSSES, build
+from clagrange.optim.perceptron_sgd import PerceptronSGD, perceptron
 from clagrange.optim.stacked import rates_of_plain_sgd
 from clagrange.replicas import stack, stepping_in_backward
 from clagrange.study.clock import Clock
@@ -41,8 +43,8 @@ TEST = 1_000
 TOGETHER = 32
 """Batches whose predictions are counted in one go."""
 
-CHUNK = 1 << 22
-"""How many input values of all replicas are made at once."""
+CHUNK = 1 << 20
+"""How many input values of all replicas are made at once: fewer than caches hold."""
 
 
 class Resumable(ABC):
@@ -92,7 +94,8 @@ class Run(Resumable):
     accuracy, calibration error and Brier score, many batches at a time and off the clock.
 
     Where SGD has neither momentum nor decay, and no intervention asks for gradients, linear layers take their
-    step in the backward pass, see `clagrange.replicas.stepping_in_backward`.
+    step in the backward pass, see `clagrange.replicas.stepping_in_backward`; perceptrons whose activations nobody
+    looks at are trained without a graph, see `clagrange.optim.perceptron_sgd`.
 
     A replica whose loss is not finite has diverged. It is frozen: its weights go back to the initial ones and
     stay there, its accuracy counts as 0, and of all else it has no number from that task on. The others do not
@@ -137,6 +140,7 @@ class Run(Resumable):
         self.optimizer = method.optimizer(self.network)
         self.interventions: list[Intervention] = method.interventions(seeds)
         self._rates_in_backward: dict[Tensor, Number] = {}
+        self._perceptron: PerceptronSGD | None = None
         if not any(intervention.needs_gradients for intervention in self.interventions):
             self._rates_in_backward = rates_of_plain_sgd(self.network, self.optimizer)
         self.dtype = dtype
@@ -176,6 +180,7 @@ class Run(Resumable):
             self._measure(tasks, BEFORE_A_TASK)
         self._follows_samples = self.measured and _is_turn(number + 1, self.sample_plasticity_every)
         self._sums = {}
+        self._perceptron = self._as_perceptron()
         for epoch in range(first.epochs):
             for inputs, targets in self._chunks(tasks, number, epoch):
                 with self._clock.running():
@@ -183,6 +188,8 @@ class Run(Resumable):
                         self._step(batch, answers)
                         if on_step is not None:
                             on_step()
+                    if self._perceptron is not None:
+                        self._perceptron.settle()
                 self._mark_diverged(~self._sums["loss"].isfinite())
         self._count()
         self._note_counts(first.steps_of(number) * first.epochs * first.batch_size)
@@ -196,6 +203,7 @@ class Run(Resumable):
         batches, targets = next(self._chunks(self._tasks(0), 0, 0))
         for intervention in self.interventions:
             intervention.on_start(self.network, self.optimizer)
+        self._perceptron = self._as_perceptron()
         seconds = []
         for batch, answers in itertools.islice(itertools.cycle(zip(batches, targets, strict=True)), steps):
             started = time.perf_counter()
@@ -222,18 +230,7 @@ class Run(Resumable):
     def _step(self, inputs: Tensor, targets: Tensor) -> None:
         """One training step; what was predicted before it waits to be counted."""
         before = self._logits_at_mean(inputs) if self.samples_weights or self._follows_samples else None
-        self.optimizer.zero_grad()
-        logits = self._logits(inputs)
-        losses = self.loss(logits, targets, reduction="none")
-        with stepping_in_backward(self._rates_in_backward):
-            losses.backward(torch.full_like(losses, 1.0 / losses.shape[1]))  # of the sum of the mean losses
-        logits, losses = logits.detach(), losses.detach()
-        for intervention in self.interventions:
-            intervention.loss_known(self.network, losses.mean(1))
-            intervention.gradient_known(self.network, self.optimizer)
-        self.optimizer.step()
-        for intervention in self.interventions:
-            intervention.step_taken(self.network, self.optimizer)
+        logits, losses = self._train(inputs, targets)
         if self._any_diverged:
             self._freeze()
         if self._follows_samples and before is not None:
@@ -246,6 +243,42 @@ class Run(Resumable):
         if len(self._uncounted) == TOGETHER:
             with self._clock.stopped():
                 self._count()
+
+    def _train(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer and what interventions do about it: logits and losses before it."""
+        if self._perceptron is None:
+            self.optimizer.zero_grad()
+            outputs = self.network(inputs)
+        else:
+            outputs = self._perceptron.outputs(inputs).requires_grad_()
+        logits = _masked(outputs, self._left_out)
+        losses = self.loss(logits, targets, reduction="none")
+        shares = torch.full_like(losses, 1.0 / losses.shape[1])  # the loss is the sum of the replicas' means
+        step: Callable[[], object] = self.optimizer.step
+        if self._perceptron is None:
+            with stepping_in_backward(self._rates_in_backward):
+                losses.backward(shares)
+        else:
+            step = functools.partial(self._perceptron.step, *torch.autograd.grad(losses, outputs, shares))
+        logits, losses = logits.detach(), losses.detach()
+        for intervention in self.interventions:
+            intervention.loss_known(self.network, losses.mean(1))
+            intervention.gradient_known(self.network, self.optimizer)
+        step()
+        for intervention in self.interventions:
+            intervention.step_taken(self.network, self.optimizer)
+        return logits, losses
+
+    def _as_perceptron(self) -> PerceptronSGD | None:
+        """The network as one that plain SGD trains without a graph; None where that is not all there is to it."""
+        layers = perceptron(self.network)
+        if layers is None:
+            return None
+        trained = {parameter for parameter in self.network.parameters() if parameter.requires_grad}
+        stepped = {p for layer in layers if layer.weight in self._rates_in_backward for p in layer.parameters()}
+        if trained != stepped:
+            return None
+        return PerceptronSGD(layers, self._rates_in_backward, waits=not self.interventions)
 
     def _mark_diverged(self, bad: Tensor) -> None:
         """Mark replicas as diverged, once for all, and freeze them."""
@@ -260,10 +293,8 @@ class Run(Resumable):
         """Put the weights of the diverged replicas back to the initial ones, which are finite."""
         for name, parameter in self.network.named_parameters():
             parameter[self.diverged] = self._initial[name][self.diverged].to(parameter.dtype)
-
-    def _logits(self, inputs: Tensor) -> Tensor:
-        """What the network answers; outputs that take no part are −∞."""
-        return _masked(self.network(inputs), self._left_out)
+        if self._perceptron is not None:
+            self._perceptron.forget(self.diverged)
 
     def _outputs_left_out(self, tasks: Sequence[Task]) -> Tensor | None:
         """Which outputs take no part in each replica's task, (R, 1, outputs); None where all take part."""
@@ -275,9 +306,10 @@ class Run(Resumable):
         return left_out
 
     def _logits_at_mean(self, inputs: Tensor) -> Tensor:
-        """What the network answers in evaluation, off the clock."""
+        """What the network answers in evaluation, off the clock; outputs that take no part are −∞."""
         with self._clock.stopped(), torch.no_grad(), evaluating(self.network):
-            return self._logits(inputs)
+            answer = self.network if self._perceptron is None else self._perceptron.outputs
+            return _masked(answer(inputs), self._left_out)
 
     def _count(self) -> None:
         """Add what the waiting predictions say of accuracy and calibration."""

@@ -11,6 +11,7 @@ from cases import study_methods
 
 from clagrange.metrics import PlasticityMeter, variance_by_layer
 from clagrange.networks import mlp
+from clagrange.optim import perceptron_sgd
 from clagrange.replicas import unstack
 from clagrange.study import engine
 from clagrange.study.engine import Run
@@ -226,6 +227,39 @@ def test_steps_in_the_backward_pass_come_to_the_same(name, monkeypatch):
     apart = finished(method, [stream(0), stream(1)], dtype=torch.float64)
     for key in METRICS:
         np.testing.assert_allclose(inside.metrics[key], apart.metrics[key], rtol=1e-8, atol=1e-12)
+
+
+def test_plain_sgd_of_perceptrons_needs_no_graph():
+    def without_graph(name, **settings):
+        run = Run(METHODS[name](**settings), [stream(0)], [8, 6])
+        run.run_task()
+        return run._perceptron is not None
+
+    assert without_graph("sgd")
+    assert without_graph("shrink_and_perturb")
+    assert not without_graph("continual_backprop")  # it looks at activations
+    assert not without_graph("layer_norm")
+    assert not without_graph("adam")
+
+
+def test_weights_that_wait_come_to_the_same_and_are_right_between_tasks(monkeypatch):
+    apart = finished(METHODS["sgd"](lr=0.1), [stream(0), stream(1)], dtype=torch.float64)
+    monkeypatch.setattr(perceptron_sgd, "WIDE", 1)
+    monkeypatch.setattr(perceptron_sgd, "KEPT", 40)
+    waiting = finished(METHODS["sgd"](lr=0.1), [stream(0), stream(1)], dtype=torch.float64)
+    for key in METRICS:
+        np.testing.assert_allclose(waiting.metrics[key], apart.metrics[key], rtol=1e-8, atol=1e-12)
+    assert any((waiting.metrics[key] != apart.metrics[key]).any() for key in METRICS)
+
+
+def test_what_weights_wait_for_neither_spoils_nor_is_spoilt(monkeypatch, tmp_path):
+    """The cases above, with weights that wait."""
+    monkeypatch.setattr(perceptron_sgd, "WIDE", 1)
+    monkeypatch.setattr(perceptron_sgd, "KEPT", 40)
+    test_a_diverged_replica_is_frozen_and_disturbs_no_other("sgd", tmp_path)
+    test_measuring_leaves_training_as_it_is("sgd")
+    test_replicas_equal_runs_alone("sgd")
+    test_going_on_from_a_checkpoint_is_exact("sgd", tmp_path)
 
 
 def test_how_much_is_made_at_once_plays_no_part(monkeypatch):
