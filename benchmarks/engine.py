@@ -17,10 +17,10 @@ at batch 1, as its experiment on permuted MNIST trains them, whatever it logs le
 process and a thread of its own.
 
 The floor of a step is what has to go through memory: forward and backward pass read the weights once each, the
-first layer's but for the backward pass, and the step reads and writes them, which SGD at width 2000 and batch 1 does
-for 16 steps at once. Continual backprop, which looks at all weights after each step, reads those into a layer and out
-of it once more each. That many bytes over the bandwidth at which both processes read and write numbers in place.
-Networks that fit into a cache can be faster than that.
+first layer's but for the backward pass, and the step reads and writes them, which SGD at width 2000 and batch 1
+does for 16 steps at once. Continual backprop, which looks at all weights after each step, reads those into a layer
+and those out of it once more each. That many bytes over the bandwidth at which both processes read and write
+numbers in place. Networks that fit into a cache can be faster than that.
 
 What a task costs from the first to the thousandth is measured by benchmarks/memory.py.
 """
@@ -271,9 +271,7 @@ def main() -> None:
                 comparisons[label]["floor_per_second"] = floor(name, width, figures["per_second"]["bandwidth"])
     for label, comparison in comparisons.items():
         allowed = (
-            f"; memory allows {comparison['floor_per_second']:.0f}"
-            if "floor_per_second" in comparison
-            else ""
+            f"; memory allows {comparison['floor_per_second']:.0f}" if "floor_per_second" in comparison else ""
         )
         print(f"{label}: {comparison['ratio']:.2f} x ({comparison['engine']} / {comparison['rival']}){allowed}")
     figures["comparisons"] = comparisons
