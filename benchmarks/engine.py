@@ -18,8 +18,8 @@ process and a thread of its own.
 
 The floor of a step is what has to go through memory: forward and backward pass read the weights once each, the
 first layer's but for the backward pass, and the step reads and writes them, which SGD at width 2000 and batch 1
-does for 16 steps at once. Continual backprop, which looks at all weights after each step, reads those into a layer
-and those out of it once more each. That many bytes over the bandwidth at which both processes read and write
+does for 16 steps at once. Continual backprop looks at all weights after each step: those into a layer and those
+out of it are read once more each. That many bytes over the bandwidth at which both processes read and write
 numbers in place. Networks that fit into a cache can be faster than that.
 
 What a task costs from the first to the thousandth is measured by benchmarks/memory.py.

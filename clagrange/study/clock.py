@@ -4,11 +4,17 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+import torch
+
 
 class Clock:
     """Seconds of the blocks that ran by it, without the blocks within them for which it was stopped.
 
-    Blocks nest; of a block that raises, the seconds count as well.
+    Blocks nest; of a block that raises, the seconds count as well. Work that a GPU has still to do belongs to the
+    block that ordered it.
+
+    Args:
+        device: that does the work.
 
     Attributes:
         seconds: so far, without a block that is still running.
@@ -21,8 +27,9 @@ class Clock:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         self.seconds = 0.0
+        self._device = torch.device(device)
         self._since: float | None = None
 
     @contextlib.contextmanager
@@ -45,6 +52,8 @@ class Clock:
 
     def _set(self, running: bool) -> bool:
         """Run from now on, or stop; whether it ran until now."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
         now, since = time.perf_counter(), self._since
         if since is not None:
             self.seconds += now - since

@@ -4,7 +4,6 @@ import functools
 import itertools
 import math
 import statistics
-import time
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,7 +144,7 @@ class Run(Resumable):
             self._rates_in_backward = rates_of_plain_sgd(self.network, self.optimizer)
         self.dtype = dtype
         self.next_task = 0
-        self._clock = Clock()
+        self._clock = Clock(self.device)
         self.measured = measured
         self.sharpness_every = sharpness_every
         self.sample_plasticity_every = sample_plasticity_every
@@ -206,11 +205,10 @@ class Run(Resumable):
         self._perceptron = self._as_perceptron()
         seconds = []
         for batch, answers in itertools.islice(itertools.cycle(zip(batches, targets, strict=True)), steps):
-            started = time.perf_counter()
-            self._step(batch, answers)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            seconds.append(time.perf_counter() - started)
+            before = self.seconds
+            with self._clock.running():
+                self._step(batch, answers)
+            seconds.append(self.seconds - before)
         return statistics.median(seconds)
 
     def _measure_after(self, tasks: Sequence[Task]) -> None:

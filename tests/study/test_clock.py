@@ -43,3 +43,22 @@ def test_a_block_that_raises_leaves_the_clock_as_it_was(now):
         now[0] += 2.0
     now[0] += 4.0
     assert watch.seconds == 2.0
+
+
+def test_work_that_a_device_has_still_to_do_counts_where_it_was_ordered(now, monkeypatch):
+    queue = []
+
+    def synchronize(device):
+        assert device.type == "cuda"
+        now[0] += sum(queue)
+        queue.clear()
+
+    monkeypatch.setattr(clock.torch.accelerator, "synchronize", synchronize)
+    watch = clock.Clock("cuda")
+    with watch.running():
+        queue.append(1.0)
+        with watch.stopped():
+            queue.append(2.0)
+        queue.append(4.0)
+    queue.append(8.0)
+    assert watch.seconds == 1.0 + 4.0
