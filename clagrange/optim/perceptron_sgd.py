@@ -183,11 +183,11 @@ class _Layer:
         if self._memory is None:
             replicas, out, width = self.weight.shape
             self._memory = _Kept(moves.new_empty(replicas, KEPT, out), moves.new_empty(replicas, KEPT, width))
+        if self._examples + inputs.shape[-1] > KEPT:
+            self.settle()
         first, self._examples = self._examples, self._examples + inputs.shape[-1]
         self._memory.moves[:, first : self._examples] = moves.mT
         self._memory.inputs[:, first : self._examples] = inputs.mT
-        if self._examples + inputs.shape[-1] > KEPT:
-            self.settle()
 
     def _kept(self) -> _Kept:
         assert self._memory is not None

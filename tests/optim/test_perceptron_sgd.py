@@ -57,7 +57,7 @@ def test_it_is_sgd(monkeypatch: pytest.MonkeyPatch, lr: float | Tensor, examples
     assert waited == (waits and examples <= 2)
 
 
-def test_a_short_batch_after_others_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_any_sizes_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WIDE", 1)
     monkeypatch.setattr(module, "KEPT", 6)
     ours, theirs = network(), network()
@@ -65,7 +65,7 @@ def test_a_short_batch_after_others_does_not_wait(monkeypatch: pytest.MonkeyPatc
     assert layers is not None
     sgd = PerceptronSGD(layers, {layer.weight: 0.1 for layer in layers}, waits=True)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
-    for examples in (2, 3, 1, 6, 1):
+    for examples in (2, 2, 3, 1, 6, 1):
         inputs = torch.randn(R, examples, 6).double()
         sgd.step(torch.ones_like(sgd.outputs(inputs)))
         optimizer.zero_grad()
