@@ -60,7 +60,7 @@ NUMBERS = 16 << 20
 BATCH = 16
 HIDDEN = [100, 100]
 REPLICAS = (5, 10, 20, 40)
-GROUPS = {100: (4, 16, 48), 2000: (1, 2, 4)}
+GROUPS = {100: (4, 16, 48), 2000: (1, 2, 4, 8)}
 """For each width of the published networks, the numbers of replicas of which the best counts."""
 CONTINUAL = {"replacement_rate": 1e-4, "maturity": 100, "utility": "adaptable_contribution"}
 """Settings of continual backprop in the published experiment; its learning rate is 0.003."""

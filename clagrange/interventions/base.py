@@ -15,6 +15,9 @@ from clagrange.interventions.detection import Detector
 from clagrange.interventions.only_replicas import only_replicas
 from clagrange.replicas import Generators, generators_from_seeds, replicas_of
 
+_LARGE = 1 << 16
+"""Entries from which those of a mask are looked up, and not the whole tensor worked through."""
+
 
 class Intervention(ABC):  # noqa: B024 - every moment is optional
     """Something that is done to a network at four moments of its training, in any framework.
@@ -158,6 +161,28 @@ def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
 
 
+def fill_entries(tensor: Tensor, mask: Tensor, value: float) -> None:
+    """`Tensor.masked_fill_`, which on a CPU leaves the other entries of a large tensor unread.
+
+    That is where the mask is broadcast against it, as one of rows or columns.
+
+    Example:
+        >>> weight = torch.ones(2, 3)
+        >>> fill_entries(weight, torch.tensor([False, True, False]), 0.0)
+        >>> weight
+        tensor([[1., 0., 1.],
+                [1., 0., 1.]])
+    """
+    mask = mask.reshape([1] * (tensor.dim() - mask.dim()) + list(mask.shape))
+    own = [axis for axis, size in enumerate(mask.shape) if size == tensor.shape[axis]]
+    across = [axis for axis in range(tensor.dim()) if axis not in own]
+    if tensor.device.type != "cpu" or tensor.numel() < _LARGE or not across:
+        tensor.masked_fill_(mask, value)
+        return
+    places = mask.reshape([mask.shape[axis] for axis in own]).nonzero(as_tuple=True)
+    tensor.permute(*own, *across)[places] = value
+
+
 def forget_entries(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:
     """Reset what optimizer and Gaussian layer know of some entries of a parameter.
 
@@ -171,7 +196,7 @@ def forget_entries(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> Non
     """
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value.masked_fill_(mask, 0.0)
+            fill_entries(value, mask, 0.0)
     forget_precision(parameter, mask)
 
 

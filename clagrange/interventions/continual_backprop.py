@@ -251,10 +251,24 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
         connection = part.members[0]
         correction = part.per_consumer(self._correction(part))
         means = part.split(torch.where(part.per_consumer(mask), part.mean_activation / correction, 0.0))
+        replicas = mask.view(-1, connection.units).any(-1).nonzero().flatten().tolist()
         for consumer, lost in zip(connection.consumers, means, strict=True):
-            if consumer.bias is not None:
-                product = consumer.weight * connection.outgoing(lost, consumer)
-                consumer.bias.add_(product.sum(-1 if isinstance(consumer, nn.Linear) else (-3, -2, -1)))
+            if consumer.bias is None:
+                continue
+            of_columns, weights, biases = (
+                tensor if connection.stacked else tensor.unsqueeze(0)
+                for tensor in (
+                    connection.outgoing(lost, consumer).flatten(int(connection.stacked)),
+                    consumer.weight,
+                    consumer.bias,
+                )
+            )
+            for replica in replicas:
+                columns = of_columns[replica].nonzero().flatten()
+                outgoing = weights[replica][:, columns]
+                if outgoing.dim() > 2:
+                    outgoing = outgoing.sum((-2, -1))
+                biases[replica] += torch.mv(outgoing, of_columns[replica, columns].to(outgoing.dtype))
 
 
 @dataclass

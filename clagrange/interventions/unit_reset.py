@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clagrange._checks import check_number
-from clagrange.interventions.base import Intervention, forget_entries
+from clagrange.interventions.base import Intervention, fill_entries, forget_entries
 from clagrange.interventions.magnitudes import sums_of_magnitudes
 from clagrange.networks import he_bound
 from clagrange.replicas import generator_of
@@ -156,7 +156,7 @@ def start_over(connection: Connection, mask: Tensor, optimizer: Optimizer, gener
     """
     for consumer in connection.consumers:
         outgoing = connection.outgoing(mask, consumer)
-        consumer.weight.masked_fill_(outgoing, 0.0)
+        fill_entries(consumer.weight, outgoing, 0.0)
         forget_entries(optimizer, consumer.weight, outgoing)
     for producer in connection.producers:
         for replica, chosen, weights in rows(connection, producer, mask):

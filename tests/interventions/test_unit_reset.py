@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from clagrange import gaussianize
 from clagrange.interventions import ContinualBackprop
+from clagrange.interventions.base import fill_entries
 from clagrange.optim import EulerLagrange
 
 
@@ -156,3 +157,31 @@ def test_half_precision_counts_exactly(dtype: torch.dtype) -> None:
     assert ages(method).max() == 400
     assert 3 <= replaced <= 6
     assert all(value.isfinite().all() for value in net.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask_shape"),
+    [
+        ((300, 400), (1, 400)),
+        ((300, 400), (400,)),
+        ((300, 400), (300, 1)),
+        ((300, 400), (300, 400)),
+        ((300, 400), ()),
+        ((3, 200, 150), (3, 1, 150)),
+        ((3, 200, 150), (3, 200, 1)),
+        ((3, 64, 50, 3, 3), (3, 1, 50, 1, 1)),
+        ((1, 300, 400), (1, 1, 400)),
+    ],
+)
+def test_entries_of_large_tensors_are_filled_like_those_of_small_ones(
+    shape: tuple[int, ...], mask_shape: tuple[int, ...]
+) -> None:
+    tensor = torch.randn(shape)
+    mask = torch.rand(mask_shape) < 0.3
+    expected = tensor.masked_fill(mask, 7.0)
+    fill_entries(tensor, mask, 7.0)
+    assert torch.equal(tensor, expected)
+    transposed = torch.randn(shape[::-1]).permute(*range(len(shape))[::-1])
+    expected = transposed.masked_fill(mask, 7.0)
+    fill_entries(transposed, mask, 7.0)
+    assert torch.equal(transposed, expected)
