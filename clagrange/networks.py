@@ -516,3 +516,47 @@ def squared_error(outputs: Tensor, targets: Tensor, *, reduction: str = "mean") 
 
 LOSSES = {"cross_entropy": cross_entropy, "mse": squared_error}
 """The losses that a stream can name."""
+
+
+@torch.no_grad()
+def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross entropy of every example and its gradient to the logits, softmax − one-hot, without a graph.
+
+    Args:
+        logits: (..., C); −∞ leaves a class out.
+        targets: (...), class numbers.
+
+    Returns:
+        Losses (...) and gradients (..., C).
+
+    Example:
+        >>> cross_entropy_gradient(torch.zeros(1, 2), torch.tensor([1]))
+        (tensor([0.6931]), tensor([[ 0.5000, -0.5000]]))
+    """
+    scores = logits.log_softmax(-1)
+    places = targets.unsqueeze(-1)
+    losses = scores.gather(-1, places).squeeze(-1).neg_()
+    return losses, scores.exp_().scatter_(-1, places, -1.0, reduce="add")
+
+
+@torch.no_grad()
+def squared_error_gradient(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared error of every example and its gradient to the outputs, 2·(output − target), without a graph.
+
+    Args:
+        outputs: (..., 1).
+        targets: (...).
+
+    Returns:
+        Losses (...) and gradients (..., 1).
+
+    Example:
+        >>> squared_error_gradient(torch.zeros(1, 1), torch.tensor([3.0]))
+        (tensor([9.]), tensor([[-6.]]))
+    """
+    errors = outputs.squeeze(-1) - targets
+    return errors.square(), 2.0 * errors.unsqueeze(-1)
+
+
+LOSS_GRADIENTS = {"cross_entropy": cross_entropy_gradient, "mse": squared_error_gradient}
+"""Of the losses that a stream can name, by example."""

@@ -62,27 +62,38 @@ class Task:
         """All inputs (examples, ...) as float, without augmentation; made when first asked for, and kept."""
         return self.batch(torch.arange(len(self.targets)))[0]
 
-    def batch(self, rows: Tensor, epoch: int | None = None) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, rows: Tensor, epoch: int | None = None, *, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Some examples of the task, on the device of the data.
 
         Args:
             rows: places in the task, whole numbers of any shape.
             epoch: whose augmentation to use; default: none, as in evaluation.
+            out: contiguous memory for the inputs, of their shape and type; default: new memory.
 
         Returns:
             Inputs (*rows.shape, ...) as float, targets (*rows.shape).
         """
         rows = rows.to(self.data.device)
         places = rows.flatten()
-        inputs = self.data[places if self.rows is None else self.rows[places]]
-        if self.pixels is not None:
-            inputs = inputs.flatten(1)[:, self.pixels]
-        if inputs.dtype == torch.uint8:
-            inputs = inputs.float().div_(255.0)
-        if self.transform is not None:
-            inputs = self.transform(inputs)
-        if self.augmentation is not None and epoch is not None:
-            inputs = self.augmentation(inputs, places, epoch)
+        chosen = places if self.rows is None else self.rows[places]
+        of_examples = None if out is None else out.view(len(places), *out.shape[rows.dim() :])
+        changed = self.transform is not None or (self.augmentation is not None and epoch is not None)
+        if self.pixels is None and self.data.is_floating_point() and not changed:
+            inputs = torch.index_select(self.data, 0, chosen, out=of_examples)
+        else:
+            inputs = self.data[chosen]
+            if self.pixels is not None:
+                inputs = inputs.flatten(1)[:, self.pixels]
+            if inputs.dtype == torch.uint8:
+                inputs = inputs.float().div_(255.0)
+            if self.transform is not None:
+                inputs = self.transform(inputs)
+            if self.augmentation is not None and epoch is not None:
+                inputs = self.augmentation(inputs, places, epoch)
+            if of_examples is not None:
+                inputs = of_examples.copy_(inputs)
         return inputs.reshape(*rows.shape, *inputs.shape[1:]), self.targets[rows]
 
     def to(self, device: torch.device | str) -> "Task":

@@ -7,7 +7,18 @@ from torch import nn
 
 from clagrange import gaussianize
 from clagrange.interventions import ContinualBackprop
-from clagrange.networks import NETWORKS, build, cross_entropy, dohare_convnet, mlp, resnet18, squared_error, vit
+from clagrange.networks import (
+    LOSS_GRADIENTS,
+    LOSSES,
+    NETWORKS,
+    build,
+    cross_entropy,
+    dohare_convnet,
+    mlp,
+    resnet18,
+    squared_error,
+    vit,
+)
 from clagrange.replicas import replicas_of, stack, unstack
 from clagrange.wiring import connections
 
@@ -130,3 +141,20 @@ def test_squared_error_is_that_of_torch_for_each_replica() -> None:
     torch.testing.assert_close(squared_error(outputs, targets), expected.sum())
     torch.testing.assert_close(squared_error(outputs, targets, reduction="none").mean(1), expected)
     torch.testing.assert_close(squared_error(outputs[0], targets[0]), expected[0])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_of_losses_are_those_of_autograd(name: str) -> None:
+    numbers = name == "mse"
+    outputs = torch.randn(R, 5, 1 if numbers else 4, dtype=torch.float64)
+    targets = torch.randn(R, 5, dtype=torch.float64) if numbers else torch.randint(3, (R, 5))
+    if not numbers:
+        outputs[..., 3] = -torch.inf  # takes no part
+    outputs.requires_grad_()
+    expected = LOSSES[name](outputs, targets, reduction="none")
+    expected.backward(torch.ones_like(expected))
+    losses, gradient = LOSS_GRADIENTS[name](outputs, targets)
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradient, outputs.grad, rtol=1e-12, atol=1e-14)
+    assert not losses.requires_grad
+    assert not gradient.requires_grad

@@ -20,7 +20,7 @@ from clagrange.interventions import Intervention
 from clagrange.metrics import initial_parameters, measure
 from clagrange.metrics.calibration_bins import binned_calibration_error, brier_scores, calibration_bins
 from clagrange.metrics.plasticity import hits, plasticity_of_samples
-from clagrange.networks import LOSSES, build
+from clagrange.networks import LOSS_GRADIENTS, LOSSES, build
 from clagrange.optim.perceptron_sgd import PerceptronSGD, perceptron
 from clagrange.optim.stacked import rates_of_plain_sgd
 from clagrange.replicas import stack, stepping_in_backward
@@ -244,21 +244,18 @@ class Run(Resumable):
 
     def _train(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the optimizer and what interventions do about it: logits and losses before it."""
-        if self._perceptron is None:
-            self.optimizer.zero_grad()
-            outputs = self.network(inputs)
-        else:
-            outputs = self._perceptron.outputs(inputs).requires_grad_()
-        logits = _masked(outputs, self._left_out)
-        losses = self.loss(logits, targets, reduction="none")
-        shares = torch.full_like(losses, 1.0 / losses.shape[1])  # the loss is the sum of the replicas' means
         step: Callable[[], object] = self.optimizer.step
         if self._perceptron is None:
+            self.optimizer.zero_grad()
+            logits = _masked(self.network(inputs), self._left_out)
+            losses = self.loss(logits, targets, reduction="none")
             with stepping_in_backward(self._rates_in_backward):
-                losses.backward(shares)
+                losses.backward(torch.full_like(losses, 1.0 / losses.shape[1]))  # of the sum of the mean losses
+            logits, losses = logits.detach(), losses.detach()
         else:
-            step = functools.partial(self._perceptron.step, *torch.autograd.grad(losses, outputs, shares))
-        logits, losses = logits.detach(), losses.detach()
+            logits = _masked(self._perceptron.outputs(inputs), self._left_out)
+            losses, gradient = LOSS_GRADIENTS[self.streams[0].loss](logits, targets)
+            step = functools.partial(self._perceptron.step, gradient.div_(losses.shape[1]))
         for intervention in self.interventions:
             intervention.loss_known(self.network, losses.mean(1))
             intervention.gradient_known(self.network, self.optimizer)
@@ -343,16 +340,26 @@ class Run(Resumable):
             self._note(name, binned_calibration_error(sums) if error else sums / examples)
 
     def _chunks(self, tasks: Sequence[Task], number: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, some at once: inputs (steps, R, batch, ...), targets (steps, R, batch)."""
+        """The batches of an epoch, some at once: inputs (steps, R, batch, ...), targets (steps, R, batch).
+
+        The inputs are in memory that the next ones are written to.
+        """
         orders = [stream.order(number, epoch) for stream in self.streams]
-        first = self.streams[0]
-        steps = max(1, CHUNK // (len(tasks) * first.batch_size * math.prod(first.input_shape)))
+        first, data = self.streams[0], tasks[0].data
+        shape = (first.batch_size, *first.input_shape)
+        steps = max(1, CHUNK // (len(tasks) * math.prod(shape)))
+        kind = data.dtype if data.is_floating_point() else torch.float32
+        memory = torch.empty(len(tasks), min(steps, len(orders[0])), *shape, dtype=kind, device=data.device)
         for start in range(0, len(orders[0]), steps):
+            rows = [order[start : start + steps] for order in orders]
+            made = memory[:, : len(rows[0])]
             parts = [
-                task.batch(order[start : start + steps], epoch) for task, order in zip(tasks, orders, strict=True)
+                task.batch(order, epoch, out=place)[1]
+                for task, order, place in zip(tasks, rows, made, strict=True)
             ]
-            inputs, targets = (torch.stack(part, 1).to(self.device) for part in zip(*parts, strict=True))
-            yield inputs.to(self.dtype), targets.to(self.dtype) if targets.is_floating_point() else targets
+            targets = torch.stack(parts, 1).to(self.device)
+            inputs = made.transpose(0, 1).to(self.device, self.dtype)
+            yield inputs, targets.to(self.dtype) if targets.is_floating_point() else targets
 
     def _measure(self, tasks: Sequence[Task], names: Sequence[str]) -> None:
         """Note measures of the network on the first examples of a task, off the clock."""

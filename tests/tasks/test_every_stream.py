@@ -123,6 +123,11 @@ def test_a_batch_is_cut_from_the_inputs(make: Maker, root: str) -> None:
     whole, _ = task.batch(rows, epoch=1)
     for step in range(stream.steps_of(1)):  # augmentation does not depend on the batch that an example is in
         assert torch.equal(task.batch(rows[step], epoch=1)[0], whole[step])
+    memory = torch.full((2, *inputs.shape), torch.nan)
+    assert inputs.shape[2:] == stream.input_shape
+    assert torch.equal(task.batch(rows, out=memory[0])[0], inputs)
+    assert torch.equal(task.batch(rows, epoch=1, out=memory[1])[0], whole)
+    assert torch.equal(memory, torch.stack([inputs, whole]))
 
 
 @pytest.mark.parametrize("make", TESTED.values(), ids=TESTED)
