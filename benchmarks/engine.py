@@ -52,7 +52,7 @@ from clagrange.tasks import Task, TaskStream
 PROCESSES = 2
 SECONDS = 0.3
 """How long an action goes on in its turn, at least."""
-TURNS = 5
+TURNS = 11
 EXAMPLES = 2_048
 """Random examples to train on: speed does not depend on what they show."""
 NUMBERS = 16 << 20
