@@ -18,7 +18,8 @@ def give_up(error: Exception, instead: str, stacklevel: int) -> None:
     global _failure
     _failure = " ".join(f"{type(error).__name__}: {error}".splitlines()[:2]).strip()
     warnings.warn(
-        f"{instead} ({_failure}); install what torch.compile needs, on a CPU a C++ compiler",
+        f"{instead} ({_failure}); nothing else is compiled in this process either; install what torch.compile "
+        f"needs, on a CPU a C++ compiler",
         RuntimeWarning,
         stacklevel=stacklevel + 1,
     )

@@ -70,7 +70,7 @@ class Task:
         Args:
             rows: places in the task, whole numbers of any shape.
             epoch: whose augmentation to use; default: none, as in evaluation.
-            out: contiguous memory for the inputs, of their shape and type; default: new memory.
+            out: contiguous memory of the inputs' shape, in which they take its type; default: new memory.
 
         Returns:
             Inputs (*rows.shape, ...) as float, targets (*rows.shape).
@@ -80,7 +80,8 @@ class Task:
         chosen = places if self.rows is None else self.rows[places]
         of_examples = None if out is None else out.view(len(places), *out.shape[rows.dim() :])
         changed = self.transform is not None or (self.augmentation is not None and epoch is not None)
-        if self.pixels is None and self.data.is_floating_point() and not changed:
+        as_it_is = self.pixels is None and not changed
+        if of_examples is not None and as_it_is and of_examples.dtype == self.data.dtype:
             inputs = torch.index_select(self.data, 0, chosen, out=of_examples)
         else:
             inputs = self.data[chosen]

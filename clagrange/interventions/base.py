@@ -164,7 +164,7 @@ def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def fill_entries(tensor: Tensor, mask: Tensor, value: float) -> None:
     """`Tensor.masked_fill_`, which on a CPU leaves the other entries of a large tensor unread.
 
-    That is where the mask is broadcast against it, as one of rows or columns.
+    That is where the mask has size 1 along some of its axes, as one of rows or columns.
 
     Example:
         >>> weight = torch.ones(2, 3)
@@ -176,7 +176,7 @@ def fill_entries(tensor: Tensor, mask: Tensor, value: float) -> None:
     mask = mask.reshape([1] * (tensor.dim() - mask.dim()) + list(mask.shape))
     own = [axis for axis, size in enumerate(mask.shape) if size == tensor.shape[axis]]
     across = [axis for axis in range(tensor.dim()) if axis not in own]
-    if tensor.device.type != "cpu" or tensor.numel() < _LARGE or not across:
+    if tensor.device.type != "cpu" or tensor.numel() < _LARGE or not own or not across:
         tensor.masked_fill_(mask, value)
         return
     places = mask.reshape([mask.shape[axis] for axis in own]).nonzero(as_tuple=True)

@@ -268,7 +268,7 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
                 outgoing = weights[replica][:, columns]
                 if outgoing.dim() > 2:
                     outgoing = outgoing.sum((-2, -1))
-                biases[replica] += torch.mv(outgoing, of_columns[replica, columns].to(outgoing.dtype))
+                biases[replica] += torch.mv(outgoing.to(of_columns.dtype), of_columns[replica, columns])
 
 
 @dataclass

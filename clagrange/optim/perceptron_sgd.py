@@ -30,8 +30,8 @@ class PerceptronSGD:
 
     Wide weights at small batches are read in both passes, and would be read and written once more in each step.
     That can wait: with the G and X of some steps kept, the outputs are WX − lr·ΣG′(X′ᵀX) + b and the gradient of
-    the inputs WᵀG − lr·ΣX′(G′ᵀG), and the weights are brought up to date for all of these steps at once. So
-    weights are right after `settle` alone.
+    the inputs WᵀG − lr·ΣX′(G′ᵀG), and the weights are brought up to date for all of these steps at once. Weights
+    that wait are right after `settle` alone.
 
     Args:
         layers: in order; their outputs go through ReLU, but for the last.
@@ -120,7 +120,7 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-class _Kept(NamedTuple):
+class _Waiting(NamedTuple):
     """What steps that wait are made of: −lr·G (R, examples, out) and X (R, examples, in)."""
 
     moves: Tensor
@@ -134,24 +134,25 @@ class _Layer:
         self.weight = weight
         self.bias = bias
         self.lr = lr
-        self._memory: _Kept | None = None
+        self._memory: _Waiting | None = None
         self._examples = 0
 
     def outputs(self, inputs: Tensor) -> Tensor:
         values = _product(self.weight, inputs, self.bias)
         if self._examples:
-            kept = self._kept()
-            values += _product(kept.moves.mT, _product(kept.inputs, inputs))
+            waiting = self._waiting()
+            values += _product(waiting.moves.mT, _product(waiting.inputs, inputs))
         return values
 
     def gradient_of_inputs(self, gradient: Tensor) -> Tensor:
         of_inputs = _product(self.weight.mT, gradient)
         if self._examples:
-            kept = self._kept()
-            of_inputs += _product(kept.inputs.mT, _product(kept.moves, gradient))
+            waiting = self._waiting()
+            of_inputs += _product(waiting.inputs.mT, _product(waiting.moves, gradient))
         return of_inputs
 
     def step(self, inputs: Tensor, gradient: Tensor, waits: bool) -> None:
+        """That of `clagrange.replicas.stepping_in_backward`, with examples last; or keep it waiting."""
         lr, moves = self.lr, gradient
         if isinstance(lr, Tensor):
             lr, moves = 1.0, (gradient * per_replica(lr, gradient)).to(gradient.dtype)
@@ -170,28 +171,28 @@ class _Layer:
 
     def settle(self) -> None:
         if self._examples:
-            kept = self._kept()
-            self.weight.baddbmm_(kept.moves.mT, kept.inputs)
+            waiting = self._waiting()
+            self.weight.baddbmm_(waiting.moves.mT, waiting.inputs)
             self._examples = 0
 
     def forget(self, replicas: Tensor) -> None:
         if self._examples:
-            for part in self._kept():
+            for part in self._waiting():
                 part[replicas] = 0.0
 
     def _keep(self, moves: Tensor, inputs: Tensor) -> None:
         if self._memory is None:
             replicas, out, width = self.weight.shape
-            self._memory = _Kept(moves.new_empty(replicas, KEPT, out), moves.new_empty(replicas, KEPT, width))
+            self._memory = _Waiting(moves.new_empty(replicas, KEPT, out), moves.new_empty(replicas, KEPT, width))
         if self._examples + inputs.shape[-1] > KEPT:
             self.settle()
         first, self._examples = self._examples, self._examples + inputs.shape[-1]
         self._memory.moves[:, first : self._examples] = moves.mT
         self._memory.inputs[:, first : self._examples] = inputs.mT
 
-    def _kept(self) -> _Kept:
+    def _waiting(self) -> _Waiting:
         assert self._memory is not None
-        return _Kept(*(part[:, : self._examples] for part in self._memory))
+        return _Waiting(*(part[:, : self._examples] for part in self._memory))
 
 
 def _product(matrices: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:

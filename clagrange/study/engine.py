@@ -163,7 +163,11 @@ class Run(Resumable):
             self._matrix = np.full((len(seeds), 1 + first.tasks, first.tasks), np.nan)
 
     def run_task(self, on_step: Callable[[], None] | None = None) -> None:
-        """Train on the next task, measuring before, during and after."""
+        """Train on the next task, measuring before, during and after.
+
+        Args:
+            on_step: called after each step; weights may still wait for it then, see `PerceptronSGD`.
+        """
         number, first = self.next_task, self.streams[0]
         tasks = self._tasks(number)
         if number == 0:
@@ -178,17 +182,19 @@ class Run(Resumable):
         if self.measured:
             self._measure(tasks, BEFORE_A_TASK)
         self._follows_samples = self.measured and _is_turn(number + 1, self.sample_plasticity_every)
-        self._sums = {}
+        self._sums, self._uncounted = {}, []
         self._perceptron = self._as_perceptron()
         for epoch in range(first.epochs):
             for inputs, targets in self._chunks(tasks, number, epoch):
                 with self._clock.running():
-                    for batch, answers in zip(inputs, targets, strict=True):
-                        self._step(batch, answers)
-                        if on_step is not None:
-                            on_step()
-                    if self._perceptron is not None:
-                        self._perceptron.settle()
+                    try:
+                        for batch, answers in zip(inputs, targets, strict=True):
+                            self._step(batch, answers)
+                            if on_step is not None:
+                                on_step()
+                    finally:
+                        if self._perceptron is not None:
+                            self._perceptron.settle()
                 self._mark_diverged(~self._sums["loss"].isfinite())
         self._count()
         self._note_counts(first.steps_of(number) * first.epochs * first.batch_size)
@@ -267,11 +273,9 @@ class Run(Resumable):
     def _as_perceptron(self) -> PerceptronSGD | None:
         """The network as one that plain SGD trains without a graph; None where that is not all there is to it."""
         layers = perceptron(self.network)
-        if layers is None:
+        if layers is None or any(layer.weight not in self._rates_in_backward for layer in layers):
             return None
-        trained = {parameter for parameter in self.network.parameters() if parameter.requires_grad}
-        stepped = {p for layer in layers if layer.weight in self._rates_in_backward for p in layer.parameters()}
-        if trained != stepped:
+        if len(self.streams[0].input_shape) > 1 and layers[0] is next(self.network.children()):
             return None
         return PerceptronSGD(layers, self._rates_in_backward, waits=not self.interventions)
 
@@ -345,11 +349,14 @@ class Run(Resumable):
         The inputs are in memory that the next ones are written to.
         """
         orders = [stream.order(number, epoch) for stream in self.streams]
-        first, data = self.streams[0], tasks[0].data
+        first = self.streams[0]
         shape = (first.batch_size, *first.input_shape)
         steps = max(1, CHUNK // (len(tasks) * math.prod(shape)))
-        kind = data.dtype if data.is_floating_point() else torch.float32
-        memory = torch.empty(len(tasks), min(steps, len(orders[0])), *shape, dtype=kind, device=data.device)
+        kinds = (task.data.dtype if task.data.is_floating_point() else torch.float32 for task in tasks)
+        kind = functools.reduce(torch.promote_types, kinds)
+        memory = torch.empty(
+            len(tasks), min(steps, len(orders[0])), *shape, dtype=kind, device=tasks[0].data.device
+        )
         for start in range(0, len(orders[0]), steps):
             rows = [order[start : start + steps] for order in orders]
             made = memory[:, : len(rows[0])]

@@ -167,6 +167,7 @@ def test_half_precision_counts_exactly(dtype: torch.dtype) -> None:
         ((300, 400), (300, 1)),
         ((300, 400), (300, 400)),
         ((300, 400), ()),
+        ((300, 400), (1, 1)),
         ((3, 200, 150), (3, 1, 150)),
         ((3, 200, 150), (3, 200, 1)),
         ((3, 64, 50, 3, 3), (3, 1, 50, 1, 1)),
@@ -178,6 +179,7 @@ def test_entries_of_large_tensors_are_filled_like_those_of_small_ones(
 ) -> None:
     tensor = torch.randn(shape)
     mask = torch.rand(mask_shape) < 0.3
+    mask.view(-1)[-1] = True
     expected = tensor.masked_fill(mask, 7.0)
     fill_entries(tensor, mask, 7.0)
     assert torch.equal(tensor, expected)

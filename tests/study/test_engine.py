@@ -252,6 +252,36 @@ def test_weights_that_wait_come_to_the_same_and_are_right_between_tasks(monkeypa
     assert any((waiting.metrics[key] != apart.metrics[key]).any() for key in METRICS)
 
 
+def test_an_interrupted_task_leaves_no_weights_waiting(monkeypatch):
+    def interrupted():
+        steps = []
+
+        def interrupt():
+            steps.append(1)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+
+        run = Run(METHODS["sgd"](lr=0.1), [stream(0)], [8, 6], dtype=torch.float64)
+        with pytest.raises(KeyboardInterrupt):
+            run.run_task(interrupt)
+        return run.network.state_dict()
+
+    at_once = interrupted()
+    monkeypatch.setattr(perceptron_sgd, "WIDE", 1)
+    monkeypatch.setattr(perceptron_sgd, "KEPT", 40)
+    torch.testing.assert_close(interrupted(), at_once, rtol=1e-10, atol=1e-12)
+
+
+def test_a_frozen_layer_is_left_alone():
+    run = Run(METHODS["sgd"](lr=0.1), [stream(0)], [8, 6])
+    *_, last = run.network.parameters()
+    before = last.detach().clone()
+    last.requires_grad_(False)
+    run._rates_in_backward = engine.rates_of_plain_sgd(run.network, run.optimizer)
+    run.run_task()
+    assert torch.equal(last, before)
+
+
 def test_what_weights_wait_for_neither_spoils_nor_is_spoilt(monkeypatch, tmp_path):
     """The cases above, with weights that wait."""
     monkeypatch.setattr(perceptron_sgd, "WIDE", 1)

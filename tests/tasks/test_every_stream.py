@@ -128,6 +128,7 @@ def test_a_batch_is_cut_from_the_inputs(make: Maker, root: str) -> None:
     assert torch.equal(task.batch(rows, out=memory[0])[0], inputs)
     assert torch.equal(task.batch(rows, epoch=1, out=memory[1])[0], whole)
     assert torch.equal(memory, torch.stack([inputs, whole]))
+    assert torch.equal(task.batch(torch.tensor([-1]))[0], task.inputs[-1:])
 
 
 @pytest.mark.parametrize("make", TESTED.values(), ids=TESTED)
