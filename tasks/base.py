@@ -78,24 +78,22 @@ class Task:
         rows = rows.to(self.data.device)
         places = rows.flatten()
         chosen = places if self.rows is None else self.rows[places]
-        of_examples = None if out is None else out.view(len(places), *out.shape[rows.dim() :])
-        changed = self.transform is not None or (self.augmentation is not None and epoch is not None)
-        as_it_is = self.pixels is None and not changed
-        if of_examples is not None and as_it_is and of_examples.dtype == self.data.dtype:
-            inputs = torch.index_select(self.data, 0, chosen, out=of_examples)
-        else:
-            inputs = self.data[chosen]
-            if self.pixels is not None:
-                inputs = inputs.flatten(1)[:, self.pixels]
-            if inputs.dtype == torch.uint8:
-                inputs = inputs.float().div_(255.0)
-            if self.transform is not None:
-                inputs = self.transform(inputs)
-            if self.augmentation is not None and epoch is not None:
-                inputs = self.augmentation(inputs, places, epoch)
-            if of_examples is not None:
-                inputs = of_examples.copy_(inputs)
-        return inputs.reshape(*rows.shape, *inputs.shape[1:]), self.targets[rows]
+        augmentation = None if epoch is None else self.augmentation
+        as_it_is = self.pixels is None and self.transform is None and augmentation is None
+        if out is not None and as_it_is and out.dtype == self.data.dtype:
+            torch.index_select(self.data, 0, chosen, out=out.view(len(places), *self.data.shape[1:]))
+            return out, self.targets[rows]
+        inputs = self.data[chosen]
+        if self.pixels is not None:
+            inputs = inputs.flatten(1)[:, self.pixels]
+        if inputs.dtype == torch.uint8:
+            inputs = inputs.float().div_(255.0)
+        if self.transform is not None:
+            inputs = self.transform(inputs)
+        if augmentation is not None and epoch is not None:
+            inputs = augmentation(inputs, places, epoch)
+        inputs = inputs.reshape(*rows.shape, *inputs.shape[1:])
+        return inputs if out is None else out.copy_(inputs), self.targets[rows]
 
     def to(self, device: torch.device | str) -> "Task":
         """The task on a device; the shared data are copied there once for all tasks."""

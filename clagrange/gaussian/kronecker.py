@@ -308,44 +308,7 @@ class KroneckerPrecision(Precision):
         """With factored damping only in a step that inverts the factors, when the prior pulls."""
         return self.damping == "exact" or any(self._refreshes())
 
-    def displacement(
-        self,
-        mean: Tensor,
-        gradient: Tensor,
-        *,
-        lr: Number,
-        temperature: Number,
-        discount: Number = math.inf,
-        trust_region: Number = math.inf,
-        prior_pull: Number = 1.0,
-    ) -> Tensor:
-        """−φ(G ⊗ A + δ)⁻¹(g + TP(μ − μ_p)), at most ``trust_region`` posterior standard deviations.
-
-        The length of the step is √(Δᵀ S Δ / D) over the D weights: the root mean square of the step along the
-        axes, each in units of its own standard deviation; D/2 times its square is the KL divergence between the
-        posteriors before and after the step. With "factored" damping it is measured by the inverse in use, which
-        makes it an upper bound. A longer step is scaled down as a whole. The prior's pull is part of an "exact"
-        step; with "factored" damping it is outside of the bound and acts when the factors are inverted, for all
-        steps in between.
-
-        At first nothing holds a weight but the prior, and steps are long: leave the bound finite.
-        """
-        step = self._step(
-            mean,
-            gradient,
-            lr=lr,
-            temperature=temperature,
-            discount=discount,
-            trust_region=trust_region,
-            prior_pull=prior_pull,
-        )
-        return step if isinstance(step, Tensor) else step.multiplied()
-
-    def step(self, mean: Tensor, gradient: Tensor, **settings: Number) -> Tensor | Product:
-        """`displacement`; a `Product` where the rows of a small batch make it."""
-        return self._step(mean, gradient, **settings)
-
-    def _step(
+    def step(
         self,
         mean: Tensor,
         gradient: Tensor,
@@ -356,6 +319,19 @@ class KroneckerPrecision(Precision):
         trust_region: Number = math.inf,
         prior_pull: Number = 1.0,
     ) -> Tensor | Product:
+        """−φ(G ⊗ A + δ)⁻¹(g + TP(μ − μ_p)), at most ``trust_region`` posterior standard deviations.
+
+        The length of the step is √(Δᵀ S Δ / D) over the D weights: the root mean square of the step along the
+        axes, each in units of its own standard deviation; D/2 times its square is the KL divergence between the
+        posteriors before and after the step. With "factored" damping it is measured by the inverse in use, which
+        makes it an upper bound. A longer step is scaled down as a whole. The prior's pull is part of an "exact"
+        step; with "factored" damping it is outside of the bound and acts when the factors are inverted, for all
+        steps in between.
+
+        At first nothing holds a weight but the prior, and steps are long: leave the bound finite.
+
+        Where the rows of a small batch make the step it is a `Product`.
+        """
         refreshed, needs_mean = self._refreshes(), self.needs_mean
         ages = [age + 1 for age in self._age]
         self._age = [0 if fresh else age for age, fresh in zip(ages, refreshed, strict=True)]

@@ -41,7 +41,7 @@ class Precision(nn.Module, ABC):
 
     The mean stays a parameter of the layer and is handed in. Every precision is diagonal along its own
     orthogonal axes; a form says what these are (`to_axes`, `from_axes`) and what the precision along them is
-    (`spectrum`), and how it learns (`observe`, `relax`) and moves the mean (`displacement`).
+    (`spectrum`), and how it learns (`observe`, `relax`) and moves the mean (`step`).
 
     All state is in buffers, so that it is in ``state_dict``; it stays in float32 (float64 in a float64 network)
     when the network goes to half precision. Tensors may have a leading replica dimension.
@@ -108,11 +108,11 @@ class Precision(nn.Module, ABC):
 
     @property
     def needs_mean(self) -> bool:
-        """Whether the next `displacement` depends on the mean; where not, any ``mean`` will do."""
+        """Whether the next `step` depends on the mean; where not, any ``mean`` will do."""
         return True
 
     @abstractmethod
-    def displacement(
+    def step(
         self,
         mean: Tensor,
         gradient: Tensor,
@@ -122,12 +122,13 @@ class Precision(nn.Module, ABC):
         discount: Number = math.inf,
         trust_region: Number = math.inf,
         prior_pull: Number = 1.0,
-    ) -> Tensor:
-        """The step of the mean along the covariance, by the stable root."""
+    ) -> Tensor | Product:
+        """The step of the mean along the covariance, by the stable root; a `Product` where it is of low rank."""
 
-    def step(self, mean: Tensor, gradient: Tensor, **settings: Number) -> "Tensor | Product":
-        """`displacement`, or the two matrices that it is the product of where it need not be multiplied out."""
-        return self.displacement(mean, gradient, **settings)
+    def displacement(self, mean: Tensor, gradient: Tensor, **settings: Number) -> Tensor:
+        """`step`, which takes the same settings, multiplied out."""
+        step = self.step(mean, gradient, **settings)
+        return step if isinstance(step, Tensor) else step.multiplied()
 
     @abstractmethod
     def spectrum(self) -> Tensor:
@@ -414,7 +415,7 @@ class DiagonalPrecision(Precision):
             relaxed_precision(self.precision, self.curvature, prior_curvature, temperature, fraction)
         )
 
-    def displacement(
+    def step(
         self,
         mean: Tensor,
         gradient: Tensor,

@@ -69,7 +69,8 @@ def _restore_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     for number, parameter in zip(numbers, parameters, strict=True):
         for name, value in state_dict["state"].get(number, {}).items():
             if isinstance(value, Tensor):
-                device = parameter.device if value.dim() else value.device  # the step counter stays where it is
+                on_host = value.dim() == 0 and value.device.type == "cpu"  # a counter of steps
+                device = value.device if on_host else parameter.device
                 optimizer.state[parameter][name] = value.to(device, copy=True)
 
 

@@ -44,7 +44,8 @@ class GaussianBlock(NamedTuple):
     @property
     def means(self) -> tuple[nn.Parameter, ...]:
         """The parameters."""
-        return tuple(self.layer.get_parameter(name) for name in self.names)
+        parameters = self.layer._parameters  # get_parameter takes as long as small parameters do to step
+        return tuple(parameters[name] for name in self.names)  # type: ignore[misc]  # None are no means
 
     def joint(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors of the parameters' shapes as one of the precision's: a matrix with the bias as last column."""
@@ -230,18 +231,18 @@ class GaussianLayer(nn.Module, ABC):
     def blocks(self) -> Iterator[GaussianBlock]:
         """The means by the precision that they share."""
         for names in self._block_names:
-            yield GaussianBlock(self, names, self.precision_of(names[0]))
+            yield self.block_of(names[0])
 
     def block_of(self, name: str) -> GaussianBlock:
         """The block to which the mean called ``name`` belongs."""
-        return next(block for block in self.blocks() if name in block.names)
-
-    def precision_of(self, name: str) -> Precision:
-        """The precision of the mean called ``name``, alone or with the weight to which it belongs."""
         names = next(names for names in self._block_names if name in names)
         precision = self._modules[f"{names[0]}_precision"]
         assert isinstance(precision, Precision)
-        return precision
+        return GaussianBlock(self, names, precision)
+
+    def precision_of(self, name: str) -> Precision:
+        """The precision of the mean called ``name``, alone or with the weight to which it belongs."""
+        return self.block_of(name).precision
 
     def _grouped(self, tied: Collection[str]) -> tuple[tuple[str, ...], ...]:
         """The means by the precision that they are to share.
