@@ -43,7 +43,7 @@ def compiling(function: Callable[..., Any], **options: Any) -> Callable[..., Any
         try:
             return compiled(*arguments, **choices)
         except Exception:  # where torch's limit of 8 kinds of arguments is reached; else it fails again
-            with torch._dynamo.config.patch(cache_size_limit=64):  # at every call it would take half of its time
+            with torch._dynamo.config.patch(recompile_limit=64):  # at every call it would take half of its time
                 return compiled(*arguments, **choices)
 
     return call

@@ -378,13 +378,13 @@ def test_compiled_once_for_all_shapes_and_numbers() -> None:
 
 @compiling
 def test_kinds_of_arguments_beyond_the_usual_limit_of_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 1)
     monkeypatch.setattr(_compilation, "_failure", "")
     fast = problem([torch.randn(300, 300)])
     exact = fast.double()
     before = compiled_graphs()
     for settings in (VARIANTS["overdamped"], VARIANTS["trust region"]) * 2:
-        fast.step(settings, "compiled")
+        with torch._dynamo.config.patch(recompile_limit=1):
+            fast.step(settings, "compiled")
         exact.plain_step(settings)
     assert _compilation._failure == ""
     assert compiled_graphs() == before + 2
