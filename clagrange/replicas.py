@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clagrange._checks import Number, per_replica
+from clagrange._magnitudes import add_outer_product
 
 Generators = torch.Generator | Sequence[torch.Generator]
 """One random stream, or one for each replica."""
@@ -76,11 +77,12 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if trains and torch._C._functorch.peek_interpreter_stack() is None:
         product: Tensor = _StackedProduct.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     else:
-        product = _stacked_product(flat, weight, bias)
+        product = stacked_product(flat, weight, bias)
     return product.view(*inputs.shape[:-1], -1)
 
 
-def _stacked_product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def stacked_product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b for inputs (R, batch, in), weights (R, out, in) and biases (R, out)."""
     return torch.bmm(inputs, weight.mT) if bias is None else torch.baddbmm(bias[:, None], inputs, weight.mT)
 
 
@@ -116,7 +118,7 @@ def stepping_in_backward(rates: Mapping[Tensor, Number]) -> Iterator[None]:
 
 
 class _StackedProduct(torch.autograd.Function):
-    """`_stacked_product` whose gradient of the weights arrives in their own layout, or not at all.
+    """`stacked_product` whose gradient of the weights arrives in their own layout, or not at all.
 
     torch's own is a transposed matrix, which has to be copied: with 784 inputs half of a training step by SGD.
     """
@@ -124,7 +126,7 @@ class _StackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight, bias)
-        return _stacked_product(inputs, weight, bias)
+        return stacked_product(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,7 +134,7 @@ class _StackedProduct(torch.autograd.Function):
         of_inputs, of_weight, of_bias = ctx.needs_input_grad
         gradient_of_inputs = torch.bmm(gradient, weight) if of_inputs else None
         if weight in _rates_in_backward:
-            _step(weight, bias, inputs, gradient, _rates_in_backward[weight])
+            sgd_step(weight, bias, inputs, gradient, _rates_in_backward[weight])
             return gradient_of_inputs, None, None
         return (
             gradient_of_inputs,
@@ -141,14 +143,20 @@ class _StackedProduct(torch.autograd.Function):
         )
 
 
-def _step(weight: Tensor, bias: Tensor | None, inputs: Tensor, gradient: Tensor, lr: Number) -> None:
-    """The step of SGD, in place; with one example a product of numbers takes less time than one of matrices."""
+def sgd_step(weight: Tensor, bias: Tensor | None, inputs: Tensor, gradient: Tensor, lr: Number) -> None:
+    """The step of SGD, in place, from inputs (R, batch, in) and the gradient of the outputs (R, batch, out).
+
+    With one example a product of numbers takes less time than one of matrices.
+    """
     if isinstance(lr, Tensor):
         gradient, lr = (gradient * per_replica(lr, gradient)).to(gradient.dtype), 1.0
     if inputs.shape[1] == 1:
-        weight.addcmul_(gradient.mT, inputs, value=-lr)
-    else:
-        weight.baddbmm_(gradient.mT, inputs, alpha=-lr)
+        move = gradient.mul(-lr)
+        add_outer_product(weight, move.mT, inputs)
+        if bias is not None:
+            bias.add_(move.squeeze(1))
+        return
+    weight.baddbmm_(gradient.mT, inputs, alpha=-lr)
     if bias is not None:
         bias.sub_(gradient.sum(1), alpha=lr)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_choice, check_fraction, check_number
+from clagrange._magnitudes import follow_row_sums, sums_of_magnitudes
 from clagrange.distributed import mean_over_processes, process_count
-from clagrange.interventions.magnitudes import sums_of_magnitudes
 from clagrange.interventions.unit_reset import JoinedUnitReset, zeros_for
 from clagrange.replicas import generator_of
 from clagrange.wiring import Connection, Layer, LayerMap
@@ -94,6 +94,9 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
     def _joined(self, members: list[Connection]) -> "_Group":
         kept = []
         for connection in members:
+            if self.utility in _OF_INCOMING:
+                for producer in connection.producers:
+                    follow_row_sums(producer.weight)
             zeros = zeros_for(connection)
             f = torch.cat([zeros] * len(connection.consumers), -1)
             kept.append(
@@ -187,8 +190,9 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
 
     def _correction(self, group: "_Group") -> Tensor:
         """1 − η^age, layer by layer: the last bit of a power depends on where in its tensor it stands."""
-        powers = [self.decay ** ages.contiguous() for ages in group.age.split(group.units, -1)]
-        return 1.0 - (powers[0] if len(powers) == 1 else torch.cat(powers, -1))
+        exponent = math.log(self.decay) if self.decay > 0.0 else -math.inf
+        parts = [torch.expm1(ages * exponent).neg_() for ages in group.age.split(group.units, -1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     # ------------------------------------------------------------------------------------- replacements
     def _replace_due(self, group: "_Group", optimizer: Optimizer) -> None:

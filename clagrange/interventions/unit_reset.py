@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clagrange._checks import check_number
+from clagrange._magnitudes import sums_of_magnitudes
 from clagrange.interventions.base import Intervention, fill_entries, forget_entries
-from clagrange.interventions.magnitudes import sums_of_magnitudes
 from clagrange.networks import he_bound
 from clagrange.replicas import generator_of
 from clagrange.wiring import Connection, Layer, LayerMap, UntraceableError, connections

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clagrange._checks import Number, per_replica
-from clagrange.replicas import StackedFlatten, StackedLinear
+from clagrange.replicas import StackedFlatten, StackedLinear, sgd_step, stacked_product
 
 KEPT = 16
 """Examples whose part in the weights is kept beside them, where a weight is wide."""
@@ -153,21 +153,15 @@ class _Layer:
 
     def step(self, inputs: Tensor, gradient: Tensor, waits: bool) -> None:
         """That of `clagrange.replicas.stepping_in_backward`, with examples last; or keep it waiting."""
-        lr, moves = self.lr, gradient
-        if isinstance(lr, Tensor):
-            lr, moves = 1.0, (gradient * per_replica(lr, gradient)).to(gradient.dtype)
-        examples = inputs.shape[-1]
         wide = self.weight[0].numel() >= WIDE and self.weight.device.type == "cpu"
-        if waits and wide and 2 * examples <= KEPT:
-            self._keep(moves.mul(-lr), inputs)
+        if waits and wide and 2 * inputs.shape[-1] <= KEPT:
+            moves = (gradient * per_replica(self.lr, gradient)).to(gradient.dtype).neg_()
+            self._keep(moves, inputs)
+            if self.bias is not None:
+                self.bias += moves.sum(-1)
         else:
             self.settle()
-            if examples == 1:
-                self.weight.addcmul_(moves, inputs.mT, value=-lr)
-            else:
-                self.weight.baddbmm_(moves, inputs.mT, alpha=-lr)
-        if self.bias is not None:
-            self.bias.sub_(moves.sum(-1), alpha=lr)
+            sgd_step(self.weight, self.bias, inputs.mT, gradient.mT, self.lr)
 
     def settle(self) -> None:
         if self._examples:
@@ -198,9 +192,5 @@ class _Layer:
 def _product(matrices: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
     """Matrices (R, m, k) times values (R, k, batch), plus bias (R, m); a single column is faster as a row."""
     if values.shape[-1] == 1:
-        row, transposed = values.mT, matrices.mT
-        product = (
-            torch.bmm(row, transposed) if bias is None else torch.baddbmm(bias.unsqueeze(1), row, transposed)
-        )
-        return product.mT
+        return stacked_product(values.mT, matrices, bias).mT
     return torch.bmm(matrices, values) if bias is None else torch.baddbmm(bias.unsqueeze(-1), matrices, values)

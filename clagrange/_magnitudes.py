@@ -1,11 +1,13 @@
-"""Sums of magnitudes of large matrices, without fresh memory."""
+"""Sums of magnitudes of large matrices, without fresh memory, and along with the step that changes them."""
 
 import functools
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from clagrange._compilation import compiling, give_up, may_compile
 
@@ -13,7 +15,7 @@ _SMALL = 1 << 18
 """Numbers up to which all are summed at once."""
 _CACHED = 1 << 20
 """Numbers whose magnitudes stay in the cache until they are summed."""
-_COMPILED_FROM = 1_500_000
+LARGE = 1_500_000
 """Numbers of a matrix whose sums are compiled. It takes some seconds, and saves up to half of the time."""
 _BLOCK = 8
 """Rows that the compiled function adds up at a time: a row stays in the fastest cache until the next is added."""
@@ -33,6 +35,46 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
+class _RowSums(NamedTuple):
+    """Σ|w| over the columns of a weight as it was after so many changes."""
+
+    sums: Tensor
+    version: int
+
+
+_followed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights, to their `_RowSums` or None
+
+
+def follow_row_sums(weight: Tensor) -> None:
+    """Say that the sums over the rows of a weight will be asked for after each step.
+
+    `add_outer_product` then makes them while it has the numbers at hand, which saves a large weight a pass.
+    """
+    _followed.setdefault(weight, None)
+
+
+def add_outer_product(weight: Tensor, column: Tensor, row: Tensor) -> None:
+    """W ← W + c·r in place, for W (R, out, in), c (R, out, 1) and r (R, 1, in).
+
+    Example:
+        >>> weight = torch.zeros(1, 2, 2)
+        >>> add_outer_product(weight, torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[1.0, 3.0]]]))
+        >>> weight
+        tensor([[[1., 3.],
+                 [2., 6.]]])
+    """
+    if weight in _followed and weight.device.type == "cpu" and _is_large(weight) and may_compile():
+        try:
+            sums = _compiled(_moved_row_sums)(weight.data, column.data, row.data)
+        except Exception as error:  # torch.compile raises many kinds; it compiles before it changes anything
+            give_up(error, "steps are not compiled, and sums of magnitudes take their own pass", stacklevel=2)
+        else:
+            torch.autograd.graph.increment_version((weight,))
+            _followed[weight] = _RowSums(sums, weight._version)
+            return
+    weight.addcmul_(column, row)
+
+
 def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
     """Σ|v| over dimension -1 or -2 of (..., rows, columns).
 
@@ -43,11 +85,14 @@ def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
         >>> sums_of_magnitudes(torch.tensor([[1.0, -2.0], [-3.0, 4.0]]), -2)
         tensor([4., 6.])
     """
+    known: _RowSums | None = _followed.get(values) if dim == -1 else None
+    if known is not None and known.version == values._version:
+        return known.sums
     values = values.detach()
     if values.device.type != "cpu" or values.numel() <= _SMALL:
         return values.abs().sum(dim)
     rows, columns = values.shape[-2:]
-    if rows * columns >= _COMPILED_FROM and may_compile():
+    if _is_large(values) and may_compile():
         try:
             return _sums_by_compiler(values, dim)
         except Exception as error:  # torch.compile raises many kinds
@@ -69,6 +114,10 @@ def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
     return sums.sum(1).view(*values.shape[:-2], -1)
 
 
+def _is_large(values: Tensor) -> bool:
+    return values.shape[-2:].numel() >= LARGE
+
+
 def _magnitudes(values: Tensor) -> Tensor:
     """|v| of numbers, in memory that the next call writes to: fresh memory takes longer than sums."""
     kept = _kept.memory.get(values.dtype)
@@ -82,12 +131,19 @@ def _sums_by_compiler(values: Tensor, dim: int) -> Tensor:
     if dim == -1:
         return _compiled(_row_sums)(values)
     whole = values.shape[-2] // _BLOCK * _BLOCK
-    sums = _compiled(_block_sums)(values[..., :whole, :].unflatten(-2, (-1, _BLOCK))).sum(-2)
+    parts = _compiled(_block_sums)(values[..., :whole, :].unflatten(-2, (-1, _BLOCK)))
+    sums = (parts.new_ones(1, parts.shape[-2]) @ parts).squeeze(-2)  # faster than a sum over what is not last
     return sums + values[..., whole:, :].abs().sum(-2)
 
 
 def _row_sums(values: Tensor) -> Tensor:
     return values.abs().sum(-1)
+
+
+def _moved_row_sums(weight: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    moved = weight + column * row
+    weight.copy_(moved)
+    return moved.abs().sum(-1)
 
 
 def _block_sums(blocks: Tensor) -> Tensor:
@@ -96,5 +152,5 @@ def _block_sums(blocks: Tensor) -> Tensor:
 
 
 @functools.cache
-def _compiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return compiling(function)
