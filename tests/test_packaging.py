@@ -18,7 +18,17 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 LEVELS = [
-    {"dynamics", "gaussian", "replicas", "_checks", "_compilation", "_modes", "_torchvision", "distributed"},
+    {
+        "dynamics",
+        "gaussian",
+        "replicas",
+        "_checks",
+        "_compilation",
+        "_magnitudes",
+        "_modes",
+        "_torchvision",
+        "distributed",
+    },
     {"optim", "interventions", "mechanics", "metrics", "networks", "wiring"},
     {"callbacks", "strategies", "tasks"},
     {"configs", "figures", "study", "verify"},

@@ -63,6 +63,17 @@ class Intervention(ABC):  # noqa: B024 - every moment is optional
             self.detector is not None and type(self.detector).on_gradient is not Detector.on_gradient
         )
 
+    @property
+    def acts_at_steps(self) -> bool:
+        """Whether the method does something at training steps."""
+        moments = ("loss_known", "gradient_known", "step_taken", "on_gradient", "on_step")
+        return any(getattr(type(self), moment) is not getattr(Intervention, moment) for moment in moments)
+
+    @property
+    def acts_between_switches(self) -> bool:
+        """Whether the method, once started, its hooks or its detector do something while a task is trained on."""
+        return self.acts_at_steps or bool(self._handles) or self.detector is not None
+
     def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Before training starts, and again whenever it goes on (a new `fit`, a resumed run)."""
         self.detach()

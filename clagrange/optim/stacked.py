@@ -57,7 +57,7 @@ def adam_update(
         return
     gradient_mean.lerp_(gradient, 1.0 - beta1)
     gradient_square.lerp_(gradient.square(), 1.0 - beta2)
-    count = float(step)
+    count = step.double()  # not a number of Python's, for which a GPU would be waited for
     deviation = gradient_square.sqrt() / (1.0 - beta2**count) ** 0.5 + eps
     parameter.sub_((lr / (1.0 - beta1**count)) * gradient_mean / deviation)
 
@@ -363,6 +363,8 @@ def adam_step(
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         state["gradient_mean"] = torch.zeros_like(parameter, dtype=dtype)
         state["gradient_square"] = torch.zeros_like(parameter, dtype=dtype)
+    if parameter.is_cuda:  # made above or loaded, it may be elsewhere
+        state["step"] = state["step"].to(parameter.device)
     state["step"] += 1
     adam_update(
         parameter,

@@ -3,10 +3,9 @@
 import functools
 import itertools
 import math
-import statistics
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from clagrange.networks import LOSS_GRADIENTS, LOSSES, build
 from clagrange.optim.perceptron_sgd import PerceptronSGD, perceptron
 from clagrange.optim.stacked import rates_of_plain_sgd
 from clagrange.replicas import stack, stepping_in_backward
+from clagrange.study.capture import StepReplay, graphs_of
 from clagrange.study.clock import Clock
 from clagrange.study.files import FileProblem, replacing
 from clagrange.study.methods import Method
@@ -41,6 +41,9 @@ TEST = 1_000
 
 TOGETHER = 32
 """Batches whose predictions are counted in one go."""
+
+UNTIMED = 5
+"""Steps before those of a trial: the first ones compile, capture, and fetch memory."""
 
 CHUNK = 1 << 20
 """How many input values of all replicas are made at once: fewer than caches hold."""
@@ -94,7 +97,8 @@ class Run(Resumable):
 
     Where SGD has neither momentum nor decay, and no intervention asks for gradients, linear layers take their
     step in the backward pass, see `clagrange.replicas.stepping_in_backward`; perceptrons whose activations nobody
-    looks at are trained without a graph, see `clagrange.optim.perceptron_sgd`.
+    looks at are trained without a graph, see `clagrange.optim.perceptron_sgd`. On a GPU the steps of a task are
+    captured and replayed where nothing forbids it, see `clagrange.study.capture`.
 
     A replica whose loss is not finite has diverged. It is frozen: its weights go back to the initial ones and
     stay there, its accuracy counts as 0, and of all else it has no number from that task on. The others do not
@@ -137,6 +141,8 @@ class Run(Resumable):
         method.prepare(self.network, seeds)
         self.samples_weights = method.samples_weights
         self.optimizer = method.optimizer(self.network)
+        graphs = graphs_of(self.device)
+        self._replay = None if graphs is None or self.samples_weights else StepReplay(self.optimizer, graphs)
         self.interventions: list[Intervention] = method.interventions(seeds)
         self._rates_in_backward: dict[Tensor, Number] = {}
         self._perceptron: PerceptronSGD | None = None
@@ -183,19 +189,13 @@ class Run(Resumable):
             self._measure(tasks, BEFORE_A_TASK)
         self._follows_samples = self.measured and _is_turn(number + 1, self.sample_plasticity_every)
         self._sums, self._uncounted = {}, []
-        self._perceptron = self._as_perceptron()
+        self._prepare_steps()
         for epoch in range(first.epochs):
             for inputs, targets in self._chunks(tasks, number, epoch):
-                with self._clock.running():
-                    try:
-                        for batch, answers in zip(inputs, targets, strict=True):
-                            self._step(batch, answers)
-                            if on_step is not None:
-                                on_step()
-                    finally:
-                        if self._perceptron is not None:
-                            self._perceptron.settle()
+                self._make_steps(zip(inputs, targets, strict=True), on_step)
                 self._mark_diverged(~self._sums["loss"].isfinite())
+        if self._replay is not None:
+            self._replay.end()
         self._count()
         self._note_counts(first.steps_of(number) * first.epochs * first.batch_size)
         if self.measured:
@@ -204,18 +204,20 @@ class Run(Resumable):
         self.next_task += 1
 
     def try_steps(self, steps: int) -> float:
-        """Median seconds of a training step on the first batches of the first task; this run is spoilt by it."""
+        """Mean seconds of a training step on the first batches of the first task; this run is spoilt by it."""
         batches, targets = next(self._chunks(self._tasks(0), 0, 0))
         for intervention in self.interventions:
             intervention.on_start(self.network, self.optimizer)
-        self._perceptron = self._as_perceptron()
+        self._prepare_steps()
+        several = itertools.cycle(zip(batches, targets, strict=True))
         seconds = []
-        for batch, answers in itertools.islice(itertools.cycle(zip(batches, targets, strict=True)), steps):
+        for count in (UNTIMED, steps):
             before = self.seconds
-            with self._clock.running():
-                self._step(batch, answers)
+            self._make_steps(itertools.islice(several, count))
             seconds.append(self.seconds - before)
-        return statistics.median(seconds)
+        if self._replay is not None:
+            self._replay.end()
+        return seconds[-1] / steps
 
     def _measure_after(self, tasks: Sequence[Task]) -> None:
         """Measure what a task has come to."""
@@ -234,7 +236,10 @@ class Run(Resumable):
     def _step(self, inputs: Tensor, targets: Tensor) -> None:
         """One training step; what was predicted before it waits to be counted."""
         before = self._logits_at_mean(inputs) if self.samples_weights or self._follows_samples else None
-        logits, losses = self._train(inputs, targets)
+        if self._replay is None:
+            logits, losses = self._train(inputs, targets)
+        else:
+            logits, losses = self._replay(self._train, inputs, targets)
         if self._any_diverged:
             self._freeze()
         if self._follows_samples and before is not None:
@@ -269,6 +274,27 @@ class Run(Resumable):
         for intervention in self.interventions:
             intervention.step_taken(self.network, self.optimizer)
         return logits, losses
+
+    def _prepare_steps(self) -> None:
+        """Make ready for the steps of the next task."""
+        self._perceptron = self._as_perceptron()
+        if self._replay is not None:
+            first = self.streams[0]
+            self._replay.begin(self.interventions, first.steps_of(self.next_task) * first.epochs)
+
+    def _make_steps(
+        self, batches: Iterable[tuple[Tensor, Tensor]], on_step: Callable[[], None] | None = None
+    ) -> None:
+        """Make training steps, on the clock; weights that wait for them are brought up to date in the end."""
+        with self._clock.running():
+            try:
+                for batch, answers in batches:
+                    self._step(batch, answers)
+                    if on_step is not None:
+                        on_step()
+            finally:
+                if self._perceptron is not None:
+                    self._perceptron.settle()
 
     def _as_perceptron(self) -> PerceptronSGD | None:
         """The network as one that plain SGD trains without a graph; None where that is not all there is to it."""

@@ -48,12 +48,14 @@ def finished(method, streams, **settings):
     return run
 
 
+@pytest.mark.parametrize("tasks", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", study_methods())
-def test_replicas_equal_runs_alone(name):
+def test_replicas_equal_runs_alone(name, tasks):
+    """Over 30 steps, and over 200."""
     method = METHODS[name](**FAST.get(name, {}))
-    together = finished(method, [stream(3), stream(8)], dtype=torch.float64)
+    together = finished(method, [stream(3, tasks), stream(8, tasks)], dtype=torch.float64)
     for index, seed in enumerate((3, 8)):
-        alone = finished(method, [stream(seed)], dtype=torch.float64)
+        alone = finished(method, [stream(seed, tasks)], dtype=torch.float64)
         for key in METRICS:
             np.testing.assert_allclose(together.metrics[key][index], alone.metrics[key][0], rtol=1e-8, atol=1e-12)
         for (tensor_name, many), one in zip(
@@ -288,7 +290,7 @@ def test_what_weights_wait_for_neither_spoils_nor_is_spoilt(monkeypatch, tmp_pat
     monkeypatch.setattr(perceptron_sgd, "KEPT", 40)
     test_a_diverged_replica_is_frozen_and_disturbs_no_other("sgd", tmp_path)
     test_measuring_leaves_training_as_it_is("sgd")
-    test_replicas_equal_runs_alone("sgd")
+    test_replicas_equal_runs_alone("sgd", 3)
     test_going_on_from_a_checkpoint_is_exact("sgd", tmp_path)
 
 
