@@ -12,6 +12,7 @@ from clagrange.networks import build
 from clagrange.study.engine import Resumable, Run
 from clagrange.study.methods import Method
 from clagrange.study.results import MethodResult
+from clagrange.study.side_by_side import of_replicas
 from clagrange.tasks import TaskStream
 
 TOGETHER_BYTES = 32 << 20
@@ -24,8 +25,8 @@ and fetching fresh memory for every step took longer than training (three hidden
 can run out of memory.
 """
 
-TRIED_STEPS = 20
-"""Training steps of a trial."""
+TRIED_STEPS = 16
+"""Training steps of a trial: at batch 1 as many as wide weights are kept waiting for, see `PerceptronSGD`."""
 
 WORTH = 0.9
 """A smaller group is taken if it needs at most this share of the time."""
@@ -37,7 +38,7 @@ def start(
     """A run of all replicas together, or in groups where the networks are large.
 
     Args:
-        method: with plain numbers.
+        method: the method; its numbers may be tensors of shape (R,).
         streams: one for each replica.
         network: settings of `clagrange.networks.build`.
         settings: further ones of `Run`.
@@ -80,7 +81,7 @@ class Groups(Resumable):
     same numbers to the last bit.
 
     Args:
-        method: with plain numbers.
+        method: the method; its numbers may be tensors of shape (R,).
         streams: one for each replica, of one shape.
         network: settings of `clagrange.networks.build`.
         settings: further ones of `Run`.
@@ -94,13 +95,14 @@ class Groups(Resumable):
         self._method, self._network, self._settings = method, network, settings
         self.runs: list[Run] = []
 
-    def _start(self, streams: Sequence[TaskStream]) -> Run:
-        return Run(self._method, streams, self._network, **self._settings)
+    def _start(self, first: int, size: int) -> Run:
+        """A run of so many replicas from the first on, or as many as there are."""
+        replicas = slice(first, first + size)
+        return Run(of_replicas(self._method, replicas), self.streams[replicas], self._network, **self._settings)
 
     def _split(self, size: int) -> None:
         """Make the runs of groups of a size; the last may be smaller."""
-        starts = range(0, len(self.streams), size)
-        self.runs = [self._start(self.streams[first : first + size]) for first in starts]
+        self.runs = [self._start(first, size) for first in range(0, len(self.streams), size)]
 
     @property
     def size(self) -> int | None:
@@ -110,7 +112,7 @@ class Groups(Resumable):
     def run_task(self, on_step: Callable[[], None] | None = None) -> None:
         """Train every group on the next task; ``on_step`` is called when a step of all has been made."""
         if not self.runs:
-            self._split(group_size(lambda size: self._start(self.streams[:size]), len(self.streams)))
+            self._split(group_size(lambda size: self._start(0, size), len(self.streams)))
         made = 0
 
         def count() -> None:
@@ -138,6 +140,11 @@ class Groups(Resumable):
         return self.streams[0].first_step(self.next_task)
 
     @property
+    def seconds(self) -> float:
+        """Seconds of training so far, evaluation left out."""
+        return sum(run.seconds for run in self.runs)
+
+    @property
     def metrics(self) -> dict[str, np.ndarray]:
         """By name, (R, tasks)."""
         return _joined([run.metrics for run in self.runs])
@@ -162,7 +169,7 @@ class Groups(Resumable):
             seeds=tuple(seed for part in parts for seed in part.seeds),
             metrics=_joined([part.metrics for part in parts]),
             diverged=tuple(flag for part in parts for flag in part.diverged),
-            seconds=sum(part.seconds for part in parts),
+            seconds=self.seconds,
             matrix=np.concatenate(matrices) if matrices else None,
             elapsed=np.sum([part.elapsed for part in parts if part.elapsed is not None], axis=0),
         )

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from clagrange.study.engine import Run
 from clagrange.study.files import only_writer, require_writable, write_json
+from clagrange.study.groups import start
 from clagrange.study.methods import METHODS
 from clagrange.study.problems import SettingsError
 from clagrange.study.samplers import Halton, Plan
@@ -167,9 +167,13 @@ def _try(
 
 
 def _run(kind: str, trials: list[Trial], streams: list[TaskStream], network: Mapping[str, Any]) -> float:
-    """Run trials at once, note the online accuracy of each over all tasks, and tell the seconds that it took."""
+    """Run trials at once, those of large networks in groups; note the online accuracy of each over all tasks.
+
+    Returns:
+        The seconds that it took.
+    """
     methods = [construct(METHODS, kind, trial["settings"], ("trial",)) for trial in trials]
-    run = Run(stacked(methods, len(streams)), streams * len(methods), network, measured=False)
+    run = start(stacked(methods, len(streams)), streams * len(methods), network, measured=False)
     while run.next_task < run.tasks:
         run.run_task()
     judged = "loss" if streams[0].loss == "mse" else "online_accuracy"

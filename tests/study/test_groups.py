@@ -74,6 +74,15 @@ def test_groups_have_the_numbers_of_one_run_of_all(name, monkeypatch):
     assert ours.elapsed[-1] == pytest.approx(ours.seconds)
 
 
+def test_each_group_has_the_settings_of_its_replicas(monkeypatch):
+    """As in a search, whose trials differ in them."""
+    fix_size(monkeypatch, 2)
+    method = METHODS["adam_l2"](lr=torch.tensor([1e-3, 2e-3, 3e-3, 4e-3, 5e-3]))
+    ours, whole = (finished(kind(method, streams(), NETWORK, dtype=torch.float64)) for kind in (Groups, Run))
+    np.testing.assert_allclose(ours.metrics["loss"], whole.metrics["loss"], rtol=1e-8)
+    assert ours.seconds == pytest.approx(sum(run.seconds for run in ours.runs))
+
+
 def test_the_matrix_of_test_accuracies_is_that_of_one_run(monkeypatch):
     fix_size(monkeypatch, 1)
     shape = {"tasks": 2, "classes_per_task": 5, "examples": 40, "batch_size": 8}

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from clagrange.cli import main
+from clagrange.study import groups
 from clagrange.study.files import only_writer
 from clagrange.study.problems import SettingsError
 from clagrange.study.samplers import Dimension
@@ -88,6 +89,21 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
     other = load_search(write(tmp_path / "other.yaml", {**SEARCH, "seeds": [7]}))
     with pytest.raises(SettingsError, match="holds a search with other settings"):
         run_search(other, target)
+
+
+def test_trials_of_large_networks_run_in_groups(tmp_path, monkeypatch):
+    search = load_search(write(tmp_path / "search.yaml", SEARCH))
+    together = run_search(search, tmp_path / "together.json", lambda line: None)
+    monkeypatch.setattr(groups, "TOGETHER_BYTES", 0)
+    asked: list[int] = []
+    monkeypatch.setattr(groups, "group_size", lambda start_run, replicas: asked.append(replicas) or 3)
+    apart = run_search(search, tmp_path / "apart.json", lambda line: None)
+    assert 5 * 2 in asked  # the first trials of SGD, each with two seeds
+    for name, entry in together["streams"]["permuted_digits"]["methods"].items():
+        other = apart["streams"]["permuted_digits"]["methods"][name]
+        assert [trial["by_seed"] for trial in entry["trials"]] == [
+            pytest.approx(trial["by_seed"], abs=0.01) for trial in other["trials"]
+        ]
 
 
 def test_winners_make_a_study_on_other_seeds(tmp_path):
