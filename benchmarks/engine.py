@@ -6,10 +6,11 @@ Everything runs in two processes of one thread, as the runner uses two cores, an
 model-steps per second of both together, medians over the turns, and ratios are medians of those of each turn.
 Both processes of a pair train the same thing at the same time, so that they share the memory's bandwidth.
 
-The first part trains 784-100-100-10 networks at batch 16, by R replicas of the engine (data, accuracies and
-calibration counts included) and by plain torch: one `torch.nn.Sequential` in each process, its optimizer's own
-loops and its fused kernel, of which the faster counts, on batches that lie ready. Two processes of one thread are
-the better choice for torch as well: a step is too small to be shared by threads.
+The first part trains 784-100-100-10 networks at batch 16, by R replicas of the engine and by plain torch: one
+`torch.nn.Sequential` in each process, its optimizer's own loops and its fused kernel, of which the faster counts.
+"torch" does what the engine does: it shuffles, takes each batch from the data, and adds up accuracies and losses;
+"bare torch" trains on batches that lie ready, and keeps nothing. Two processes of one thread are best for torch
+as well: a step is too small to be shared by threads.
 
 The second part compares with the code of Dohare et al. (2024), if its folder (the one that holds ``lop``, from
 https://github.com/shibhansh/loss-of-plasticity) is given: backprop and continual backprop on three hidden layers
@@ -18,9 +19,9 @@ process and a thread of its own.
 
 The floor of a step is what has to go through memory: forward and backward pass read the weights once each, the
 first layer's but for the backward pass, and the step reads and writes them, which SGD at width 2000 and batch 1
-does for 16 steps at once. Continual backprop looks at all weights after each step: those into a layer and those
-out of it are read once more each. That many bytes over the bandwidth at which both processes read and write
-numbers in place. Networks that fit into a cache can be faster than that.
+does for 16 steps at once. Continual backprop looks at all weights after each step: those out of a layer are read
+once more, and so are those into it where they are not summed with the step. That many bytes over the bandwidth at
+which both processes read and write numbers in place. Networks that fit into a cache can be faster than that.
 
 What a task costs from the first to the thousandth is measured by benchmarks/memory.py.
 """
@@ -28,6 +29,7 @@ What a task costs from the first to the thousandth is measured by benchmarks/mem
 import argparse
 import functools
 import importlib
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -40,6 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clagrange._magnitudes import LARGE
 from clagrange.networks import mlp
 from clagrange.optim.perceptron_sgd import KEPT, WIDE
 from clagrange.study.engine import Run
@@ -59,8 +62,8 @@ NUMBERS = 16 << 20
 """Numbers that are read and written to measure the bandwidth, more than caches hold."""
 BATCH = 16
 HIDDEN = [100, 100]
-REPLICAS = (5, 10, 20, 40)
-GROUPS = {100: (4, 16, 48), 2000: (1, 2, 4, 8)}
+REPLICAS = (5, 8, 10, 20, 40)
+GROUPS = {100: (4, 16, 48), 2000: (1, 4, 16)}
 """For each width of the published networks, the numbers of replicas of which the best counts."""
 CONTINUAL = {"replacement_rate": 1e-4, "maturity": 100, "utility": "adaptable_contribution"}
 """Settings of continual backprop in the published experiment; its learning rate is 0.003."""
@@ -103,22 +106,37 @@ def by_engine(method: Method, hidden: list[int], batch_size: int, replicas: int,
     return task
 
 
-def by_torch(name: str, fused: bool) -> Action:
-    """Training of one network after the other: a pass through ready batches."""
+def by_torch(name: str, fused: bool, bare: bool) -> Action:
+    """A pass through the examples, training one network."""
     network = mlp(784, HIDDEN, 10)
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name]
     optimizer = kind(network.parameters(), lr=1e-3, fused=fused)
     inputs, targets = noise()
-    batches = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
+    ready = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
+
+    def step(batch: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad()
+        logits = network(batch)
+        loss = nn.functional.cross_entropy(logits, answers)
+        loss.backward()
+        optimizer.step()
+        return logits.detach(), loss.detach()
+
+    def train_bare() -> float:
+        for batch, answers in ready:
+            step(batch, answers)
+        return len(ready)
 
     def train() -> float:
-        for batch, answers in batches:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(batch), answers).backward()
-            optimizer.step()
-        return len(batches)
+        right, total = torch.zeros((), dtype=torch.long), torch.zeros(())
+        for rows in torch.randperm(EXAMPLES).split(BATCH):
+            answers = targets[rows]
+            logits, loss = step(inputs[rows], answers)
+            right += (logits.argmax(1) == answers).sum()
+            total += loss
+        return len(ready)
 
-    return train
+    return train_bare if bare else train
 
 
 def by_published_code(folder: Path, name: str, width: int, steps: int) -> Action:
@@ -167,8 +185,8 @@ def actions(published: Path | None) -> dict[str, Action]:
     for name, method in methods.items():
         for replicas in REPLICAS:
             all_of_them[f"{name}, engine, {replicas} replicas"] = by_engine(method, HIDDEN, BATCH, replicas, 32)
-        for form in ("loop", "fused"):
-            all_of_them[f"{name}, torch {form}"] = by_torch(name, form == "fused")
+        for form, bare in itertools.product(("loop", "fused"), (False, True)):
+            all_of_them[f"{name}, {'bare ' * bare}torch {form}"] = by_torch(name, form == "fused", bare)
     if published is None:
         return all_of_them
     theirs = {
@@ -242,7 +260,9 @@ def floor(name: str, width: int, rate: float) -> float:
         wide = weights - last if width**2 >= WIDE else 0
         passes += 2 * (weights - wide) + 2 * wide / KEPT
     else:
-        passes += 2 * weights + 2 * weights - first - last
+        passes += 2 * weights + (weights - first)
+        if first < LARGE:
+            passes += weights - last
     return rate / (4 * passes)
 
 
@@ -262,7 +282,10 @@ def main() -> None:
             f"{name:50s} "
             + (f"{rate / 1e9:10.1f} GB/s" if name == "bandwidth" else f"{rate:10.0f} model-steps/s")
         )
-    comparisons = {name: compare(rates, name, "torch") for name in ("sgd", "adam")}
+    comparisons = {
+        f"{name}, {rivals}": compare(rates, name, rivals)
+        for name, rivals in itertools.product(("sgd", "adam"), ("torch", "bare torch"))
+    }
     if chosen.published is not None:
         for width in GROUPS:
             for name in ("sgd", "continual_backprop"):
