@@ -19,9 +19,11 @@ process and a thread of its own.
 
 The floor of a step is what has to go through memory: forward and backward pass read the weights once each, the
 first layer's but for the backward pass, and the step reads and writes them, which SGD at width 2000 and batch 1
-does for 16 steps at once. Continual backprop looks at all weights after each step: those out of a layer are read
-once more, and so are those into it where they are not summed with the step. That many bytes over the bandwidth at
-which both processes read and write numbers in place. Networks that fit into a cache can be faster than that.
+does for 16 steps at once. Continual backprop looks at all weights after each step: those of its networks of width
+2000 go from the backward pass to these sums in parts that stay in the cache, and are read and written once on the
+way; smaller ones are read once more each, those out of a layer and those into it. That many bytes over the
+bandwidth at which both processes read and write numbers in place. Networks that fit into a cache can be faster
+than that.
 
 What a task costs from the first to the thousandth is measured by benchmarks/memory.py.
 """
@@ -42,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clagrange._magnitudes import LARGE
+from clagrange._magnitudes import PART
 from clagrange.networks import mlp
 from clagrange.optim.perceptron_sgd import KEPT, WIDE
 from clagrange.study.engine import Run
@@ -253,17 +255,18 @@ def compare(rates: dict[str, list[float]], label: str, rivals: str) -> dict[str,
 
 def floor(name: str, width: int, rate: float) -> float:
     """Model-steps per second at batch 1 that a bandwidth allows, of three hidden layers of a width."""
-    first, last = 784 * width, 10 * width
-    weights = first + 2 * width**2 + last
-    passes = 2 * weights - first
-    if name == "sgd":
-        wide = weights - last if width**2 >= WIDE else 0
-        passes += 2 * (weights - wide) + 2 * wide / KEPT
-    else:
-        passes += 2 * weights + (weights - first)
-        if first < LARGE:
-            passes += weights - last
-    return rate / (4 * passes)
+    numbers = 0.0
+    matrices = [784 * width, width**2, width**2, 10 * width]
+    for layer, size in enumerate(matrices):
+        first, last = layer == 0, layer == len(matrices) - 1
+        if name == "sgd":
+            passes = 1 + (not first) + (2 / KEPT if size >= WIDE else 2)
+        elif size > PART:
+            passes = 1 + 2
+        else:
+            passes = 1 + (not first) + 2 + (not first) + (not last)
+        numbers += passes * size
+    return rate / (4 * numbers)
 
 
 def main() -> None:

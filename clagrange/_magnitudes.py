@@ -1,9 +1,9 @@
 """Sums of magnitudes of large matrices, without fresh memory, and along with the step that changes them."""
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from clagrange._compilation import compiling, give_up, may_compile
 
 _SMALL = 1 << 18
 """Numbers up to which all are summed at once."""
-_CACHED = 1 << 20
-"""Numbers whose magnitudes stay in the cache until they are summed."""
-LARGE = 1_500_000
+_LARGE = 1_500_000
 """Numbers of a matrix whose sums are compiled. It takes some seconds, and saves up to half of the time."""
+PART = 1 << 17
+"""Numbers that are worked on at a time, for each thread: with their magnitudes they fit a core's own cache."""
 _BLOCK = 8
 """Rows that the compiled function adds up at a time: a row stays in the fastest cache until the next is added."""
 
@@ -35,26 +35,52 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-class _RowSums(NamedTuple):
-    """Σ|w| over the columns of a weight as it was after so many changes."""
+class _Followed:
+    """Sums of the magnitudes of a weight that are asked for after each step.
 
-    sums: Tensor
-    version: int
+    Attributes:
+        dims: the dimensions over which they are asked for.
+        sums: by dimension, as they were after so many changes of the weight.
+        version: the number of changes.
+    """
+
+    def __init__(self) -> None:
+        self.dims: set[int] = set()
+        self.sums: dict[int, Tensor] = {}
+        self.version = -1
+
+    def known(self, weight: Tensor) -> dict[int, Tensor]:
+        """The sums, none where the weight was changed since they were made."""
+        return self.sums if self.version == weight._version else {}
+
+    def keep(self, weight: Tensor, sums: dict[int, Tensor]) -> None:
+        self.sums, self.version = sums, weight._version
 
 
-_followed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights, to their `_RowSums` or None
+_followed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights, to their `_Followed`
 
 
-def follow_row_sums(weight: Tensor) -> None:
-    """Say that the sums over the rows of a weight will be asked for after each step.
+def follow_sums(weight: Tensor, dim: int) -> None:
+    """Say that the sums of magnitudes over a dimension of a weight will be asked for after each step.
 
     `add_outer_product` then makes them while it has the numbers at hand, which saves a large weight a pass.
     """
-    _followed.setdefault(weight, None)
+    _followed.setdefault(weight, _Followed()).dims.add(dim)
 
 
-def add_outer_product(weight: Tensor, column: Tensor, row: Tensor) -> None:
-    """W ← W + c·r in place, for W (R, out, in), c (R, out, 1) and r (R, 1, in).
+def add_outer_product(weight: Tensor, column: Tensor, row: Tensor, left: Tensor | None = None) -> Tensor | None:
+    """W ← W + c·r in place.
+
+    Large weights that `follow_sums` knows go through memory once: as many rows at a time as fit the cache.
+
+    Args:
+        weight: W (R, out, in).
+        column: c (R, out, 1).
+        row: r (R, 1, in).
+        left: l (R, 1, out), where l·W is wanted.
+
+    Returns:
+        l·W (R, 1, in) with W as it was before, if l is given.
 
     Example:
         >>> weight = torch.zeros(1, 2, 2)
@@ -63,16 +89,69 @@ def add_outer_product(weight: Tensor, column: Tensor, row: Tensor) -> None:
         tensor([[[1., 3.],
                  [2., 6.]]])
     """
-    if weight in _followed and weight.device.type == "cpu" and _is_large(weight) and may_compile():
-        try:
-            sums = _compiled(_moved_row_sums)(weight.data, column.data, row.data)
-        except Exception as error:  # torch.compile raises many kinds; it compiles before it changes anything
-            give_up(error, "steps are not compiled, and sums of magnitudes take their own pass", stacklevel=2)
-        else:
-            torch.autograd.graph.increment_version((weight,))
-            _followed[weight] = _RowSums(sums, weight._version)
-            return
+    followed: _Followed | None = _followed.get(weight)
+    if followed is not None and _in_parts(weight):
+        return _add_in_parts(weight, followed, column, row, left)
+    product = None if left is None else torch.bmm(left, weight)
     weight.addcmul_(column, row)
+    return product
+
+
+def _in_parts(weight: Tensor) -> bool:
+    """Whether that saves time, and sums of parts may be added up in the weight's own type."""
+    return (
+        weight.device.type == "cpu"
+        and weight[0].numel() > PART
+        and weight.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _add_in_parts(
+    weight: Tensor, followed: _Followed, column: Tensor, row: Tensor, left: Tensor | None
+) -> Tensor | None:
+    replicas, rows, columns = weight.shape
+    height = max(1, PART * torch.get_num_threads() // columns)
+    over_rows, over_columns = weight.new_zeros(replicas, 1, columns), weight.new_empty(replicas, rows)
+    product = None if left is None else torch.zeros_like(row)
+    ones = weight.new_ones(1, height)
+    for replica, matrix in enumerate(weight.data):
+        for start in range(0, rows, height):
+            these = slice(start, start + height)
+            part = matrix[these]
+            if left is not None and product is not None:
+                product[replica].addmm_(left[replica, :, these], part)
+            part.addmm_(column[replica, these], row[replica])
+            magnitudes = _magnitudes(part)
+            if -1 in followed.dims:
+                torch.sum(magnitudes, -1, out=over_columns[replica, these])
+            if -2 in followed.dims:
+                over_rows[replica].addmm_(ones[:, : len(part)], magnitudes)
+    torch.autograd.graph.increment_version((weight,))
+    sums = {-2: over_rows.squeeze(1), -1: over_columns}
+    followed.keep(weight, {dim: sums[dim] for dim in followed.dims})
+    return product
+
+
+@contextlib.contextmanager
+def columns_becoming_0(weight: Tensor, mask: Tensor) -> Iterator[None]:
+    """Keep what is known of the sums of a weight (R, out, in) while columns of it are set to 0.
+
+    Args:
+        weight: that `follow_sums` knows, or any other, for which nothing is done.
+        mask: (R, 1, in), true for these columns.
+    """
+    followed: _Followed | None = _followed.get(weight)
+    sums = dict(followed.known(weight)) if followed is not None else {}
+    if sums:
+        replicas, _, columns = mask.nonzero(as_tuple=True)
+        if -1 in sums:
+            lost = weight.detach()[replicas, :, columns].abs()
+            sums[-1] = sums[-1].index_put((replicas,), -lost, accumulate=True)
+        if -2 in sums:
+            sums[-2] = sums[-2].masked_fill(mask.squeeze(1), 0.0)
+    yield
+    if followed is not None and sums:
+        followed.keep(weight, sums)
 
 
 def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
@@ -85,14 +164,14 @@ def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
         >>> sums_of_magnitudes(torch.tensor([[1.0, -2.0], [-3.0, 4.0]]), -2)
         tensor([4., 6.])
     """
-    known: _RowSums | None = _followed.get(values) if dim == -1 else None
-    if known is not None and known.version == values._version:
-        return known.sums
+    followed: _Followed | None = _followed.get(values)
+    if followed is not None and dim in (known := followed.known(values)):
+        return known[dim]
     values = values.detach()
     if values.device.type != "cpu" or values.numel() <= _SMALL:
         return values.abs().sum(dim)
     rows, columns = values.shape[-2:]
-    if _is_large(values) and may_compile():
+    if rows * columns >= _LARGE and may_compile():
         try:
             return _sums_by_compiler(values, dim)
         except Exception as error:  # torch.compile raises many kinds
@@ -100,8 +179,9 @@ def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
     stack = values.reshape(-1, rows, columns)
     parts = 1 if dim == -1 else max(2, torch.get_num_threads())  # each thread sums the rows that it has just made
     sums = values.new_zeros(len(stack), parts, rows if dim == -1 else columns)
-    together = max(1, _CACHED // (rows * columns))
-    height = min(rows, max(1, _CACHED // columns // parts) * parts)
+    cached = PART * torch.get_num_threads()
+    together = max(1, cached // (rows * columns))
+    height = min(rows, max(1, cached // columns // parts) * parts)
     for matrices, totals in zip(stack.split(together), sums.split(together), strict=True):
         for start in range(0, rows, height):
             piece = _magnitudes(matrices[:, start : start + height])
@@ -112,10 +192,6 @@ def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
             else:
                 totals += piece.unflatten(1, (parts, -1)).sum(2)
     return sums.sum(1).view(*values.shape[:-2], -1)
-
-
-def _is_large(values: Tensor) -> bool:
-    return values.shape[-2:].numel() >= LARGE
 
 
 def _magnitudes(values: Tensor) -> Tensor:
@@ -138,12 +214,6 @@ def _sums_by_compiler(values: Tensor, dim: int) -> Tensor:
 
 def _row_sums(values: Tensor) -> Tensor:
     return values.abs().sum(-1)
-
-
-def _moved_row_sums(weight: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    moved = weight + column * row
-    weight.copy_(moved)
-    return moved.abs().sum(-1)
 
 
 def _block_sums(blocks: Tensor) -> Tensor:

@@ -132,33 +132,41 @@ class _StackedProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, bias = ctx.saved_tensors
         of_inputs, of_weight, of_bias = ctx.needs_input_grad
-        gradient_of_inputs = torch.bmm(gradient, weight) if of_inputs else None
         if weight in _rates_in_backward:
-            sgd_step(weight, bias, inputs, gradient, _rates_in_backward[weight])
-            return gradient_of_inputs, None, None
+            return sgd_step(weight, bias, inputs, gradient, _rates_in_backward[weight], of_inputs), None, None
         return (
-            gradient_of_inputs,
+            torch.bmm(gradient, weight) if of_inputs else None,
             torch.bmm(gradient.mT, inputs) if of_weight else None,
             gradient.sum(1) if of_bias else None,
         )
 
 
-def sgd_step(weight: Tensor, bias: Tensor | None, inputs: Tensor, gradient: Tensor, lr: Number) -> None:
+def sgd_step(
+    weight: Tensor, bias: Tensor | None, inputs: Tensor, gradient: Tensor, lr: Number, of_inputs: bool = False
+) -> Tensor | None:
     """The step of SGD, in place, from inputs (R, batch, in) and the gradient of the outputs (R, batch, out).
 
     With one example a product of numbers takes less time than one of matrices.
+
+    Returns:
+        the gradient of the inputs (R, batch, in), if it is asked for.
     """
     if isinstance(lr, Tensor):
-        gradient, lr = (gradient * per_replica(lr, gradient)).to(gradient.dtype), 1.0
+        moves, alpha = (gradient * per_replica(lr, gradient)).to(gradient.dtype), -1.0
+    else:
+        moves, alpha = gradient, -lr
+    left = gradient if of_inputs else None
     if inputs.shape[1] == 1:
-        move = gradient.mul(-lr)
-        add_outer_product(weight, move.mT, inputs)
+        moves = moves.mul(alpha)
+        product = add_outer_product(weight, moves.mT, inputs, left)
         if bias is not None:
-            bias.add_(move.squeeze(1))
-        return
-    weight.baddbmm_(gradient.mT, inputs, alpha=-lr)
+            bias.add_(moves.squeeze(1))
+        return product
+    product = None if left is None else torch.bmm(left, weight)
+    weight.baddbmm_(moves.mT, inputs, alpha=alpha)
     if bias is not None:
-        bias.sub_(gradient.sum(1), alpha=lr)
+        bias.add_(moves.sum(1), alpha=alpha)
+    return product
 
 
 def convolution(layer: nn.modules.conv._ConvNd, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

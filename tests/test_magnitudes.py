@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clagrange import _compilation
 from clagrange import _magnitudes as module
-from clagrange._magnitudes import add_outer_product, follow_row_sums, sums_of_magnitudes
+from clagrange._magnitudes import add_outer_product, columns_becoming_0, follow_sums, sums_of_magnitudes
 
 
 @pytest.mark.parametrize("dim", [-1, -2])
@@ -21,16 +21,7 @@ def test_without_a_compiler_the_sums_are_the_same(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("No working\nC++ compiler found\nand much more")
 
     monkeypatch.setattr(module, "_compiled", broken)
-    monkeypatch.setattr(module, "LARGE", 12)
-    monkeypatch.setattr(_compilation, "_failure", "")
-    weight, column, row = nn.Parameter(torch.ones(1, 4, 3)), torch.randn(1, 4, 1), torch.randn(1, 1, 3)
-    follow_row_sums(weight)
-    with (
-        torch.no_grad(),
-        pytest.warns(RuntimeWarning, match=r"steps are not compiled.*\(RuntimeError: No working C\+\+ compiler"),
-    ):
-        add_outer_product(weight, column, row)
-    torch.testing.assert_close(weight.detach(), 1 + column * row)
+    monkeypatch.setattr(module, "_LARGE", 12)
     monkeypatch.setattr(_compilation, "_failure", "")
     values = torch.randn(600, 500)
     with pytest.warns(
@@ -45,7 +36,7 @@ def test_without_a_compiler_the_sums_are_the_same(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_the_compiled_sums_are_the_same_for_all_sizes(monkeypatch: pytest.MonkeyPatch, dim: int) -> None:
-    monkeypatch.setattr(module, "LARGE", 12)
+    monkeypatch.setattr(module, "_LARGE", 12)
     torch._dynamo.reset()
     for shape in ((1000, 700), (1003, 701), (3, 805, 400), (2, 1, 1001, 300)):
         values = torch.randn(shape)
@@ -55,28 +46,66 @@ def test_the_compiled_sums_are_the_same_for_all_sizes(monkeypatch: pytest.Monkey
     assert _compilation.may_compile()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_a_followed_weight_steps_with_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The passes that are made for sums alone; weights of more than 12 numbers step in parts."""
+    made: list[int] = []
+    magnitudes = Tensor.abs
+    monkeypatch.setattr(module, "PART", 12)
+    monkeypatch.setattr(Tensor, "abs", lambda values: made.append(values.numel()) or magnitudes(values))
+    return made
+
+
+@pytest.mark.parametrize("dims", [(-1,), (-2,), (-1, -2)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 40, 30), torch.float32), ((3, 41, 5), torch.float64), ((2, 7, 3), torch.bfloat16)]
+)
+def test_a_followed_weight_steps_with_its_sums(
+    shape: tuple[int, ...], dtype: torch.dtype, dims: tuple[int, ...], passes: list[int]
+) -> None:
     """And whoever changes it otherwise gets the sums of what it then is."""
-    monkeypatch.setattr(module, "LARGE", 12)
-    torch._dynamo.reset()
-    compiled: list[object] = []
-    make = module._compiled
-    monkeypatch.setattr(module, "_compiled", lambda function: compiled.append(function) or make(function))
-    for shape in ((1, 40, 30), (3, 41, 29)):
-        weight = nn.Parameter(torch.randn(shape))
-        follow_row_sums(weight)
-        for _ in range(2):
-            column, row = torch.randn(*shape[:2], 1), torch.randn(shape[0], 1, shape[2])
-            expected = weight.detach() + column * row
-            compiled.clear()
-            with torch.no_grad():
-                add_outer_product(weight, column, row)
-            torch.testing.assert_close(weight.detach(), expected)
-            torch.testing.assert_close(sums_of_magnitudes(weight, -1), expected.abs().sum(-1))
-            assert compiled == [module._moved_row_sums]
+    weight = nn.Parameter(torch.randn(shape, dtype=dtype))
+    for dim in dims:
+        follow_sums(weight, dim)
+    in_one_pass = dtype != torch.bfloat16  # whose sums are not added up in parts
+    for wanted in (True, False):
+        column, row, left = (
+            torch.randn(size, dtype=dtype)
+            for size in ((*shape[:2], 1), (shape[0], 1, shape[2]), (shape[0], 1, shape[1]))
+        )
+        product = left @ weight.detach()
+        expected = torch.addcmul(weight.detach(), column, row)
         with torch.no_grad():
-            weight[:, 0] = 0.0
-        torch.testing.assert_close(sums_of_magnitudes(weight, -1), weight.detach().abs().sum(-1))
-    assert _compilation.may_compile()
+            made = add_outer_product(weight, column, row, left if wanted else None)
+        torch.testing.assert_close(made, product if wanted else None)
+        torch.testing.assert_close(weight.detach(), expected)
+        for dim in (-1, -2):
+            passes.clear()
+            sums = sums_of_magnitudes(weight, dim)
+            assert bool(passes) == (not in_one_pass or dim not in dims)
+            torch.testing.assert_close(sums, expected.abs().sum(dim))
+    with torch.no_grad():
+        weight[:, 0] = 0.0
+    for dim in dims:
+        torch.testing.assert_close(sums_of_magnitudes(weight, dim), weight.detach().abs().sum(dim))
+
+
+def test_sums_are_kept_while_columns_become_0(passes: list[int]) -> None:
+    weight = nn.Parameter(torch.randn(2, 9, 6, dtype=torch.float64))
+    for dim in (-1, -2):
+        follow_sums(weight, dim)
+    mask = torch.tensor([[[True, False, False, True, False, False]], [[False] * 6]])
+    with torch.no_grad():
+        add_outer_product(weight, torch.randn(2, 9, 1).double(), torch.randn(2, 1, 6).double())
+        before = sums_of_magnitudes(weight, -1).clone()
+        with columns_becoming_0(weight, mask):
+            weight.masked_fill_(mask, 0.0)
+        passes.clear()
+        for dim in (-1, -2):
+            torch.testing.assert_close(sums_of_magnitudes(weight, dim), torch.linalg.vector_norm(weight, 1, dim))
+        assert not passes
+        assert before[0].gt(sums_of_magnitudes(weight, -1)[0]).all()
+        weight.mul_(2.0)
+        with columns_becoming_0(weight, mask):  # of which nothing is known any more
+            weight.masked_fill_(mask, 0.0)
+    torch.testing.assert_close(sums_of_magnitudes(weight, -1), weight.detach().abs().sum(-1))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_choice, check_fraction, check_number
-from clagrange._magnitudes import follow_row_sums, sums_of_magnitudes
+from clagrange._magnitudes import follow_sums, sums_of_magnitudes
 from clagrange.distributed import mean_over_processes, process_count
 from clagrange.interventions.unit_reset import JoinedUnitReset, zeros_for
 from clagrange.replicas import generator_of
@@ -94,9 +94,6 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
     def _joined(self, members: list[Connection]) -> "_Group":
         kept = []
         for connection in members:
-            if self.utility in _OF_INCOMING:
-                for producer in connection.producers:
-                    follow_row_sums(producer.weight)
             zeros = zeros_for(connection)
             f = torch.cat([zeros] * len(connection.consumers), -1)
             kept.append(
@@ -115,7 +112,18 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
         for part, state in zip(group.parts, kept, strict=True):
             state |= {name: getattr(part, name) for name in ("age", "mean_activation", "utility")}
             state["due"] = part.due[..., 0]
+        self._follow_sums(group)
         return group
+
+    def _follow_sums(self, group: "_Group") -> None:
+        if self.utility in _OF_INCOMING:
+            for link in group.members:
+                for producer in link.producers:
+                    follow_sums(producer.weight, -1)
+        if self.utility not in ("adaptation", "random"):
+            for route in group.routes:
+                if route.plain:
+                    follow_sums(route.consumer.weight, -2)
 
     @torch.no_grad()
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clagrange._checks import check_number
-from clagrange._magnitudes import sums_of_magnitudes
+from clagrange._magnitudes import columns_becoming_0, sums_of_magnitudes
 from clagrange.interventions.base import Intervention, fill_entries, forget_entries
 from clagrange.networks import he_bound
 from clagrange.replicas import generator_of
@@ -156,7 +156,8 @@ def start_over(connection: Connection, mask: Tensor, optimizer: Optimizer, gener
     """
     for consumer in connection.consumers:
         outgoing = connection.outgoing(mask, consumer)
-        fill_entries(consumer.weight, outgoing, 0.0)
+        with columns_becoming_0(consumer.weight, outgoing):
+            fill_entries(consumer.weight, outgoing, 0.0)
         forget_entries(optimizer, consumer.weight, outgoing)
     for producer in connection.producers:
         for replica, chosen, weights in rows(connection, producer, mask):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import study_methods
 
+from clagrange import _magnitudes
 from clagrange.metrics import PlasticityMeter, variance_by_layer
 from clagrange.networks import mlp
 from clagrange.optim import perceptron_sgd
@@ -252,6 +253,23 @@ def test_weights_that_wait_come_to_the_same_and_are_right_between_tasks(monkeypa
     for key in METRICS:
         np.testing.assert_allclose(waiting.metrics[key], apart.metrics[key], rtol=1e-8, atol=1e-12)
     assert any((waiting.metrics[key] != apart.metrics[key]).any() for key in METRICS)
+
+
+def test_large_weights_that_step_in_parts_learn_the_same(monkeypatch):
+    """Continual backprop at batch 1: the backward pass, the step and what it looks at, a few rows at a time."""
+    method = METHODS["continual_backprop"](utility="adaptable_contribution", **FAST["continual_backprop"])
+    streams = [PermutedDigits(tasks=2, examples=60, batch_size=1, seed=seed) for seed in (0, 1)]
+    whole = finished(method, streams, dtype=torch.float64)
+    parted = []
+    step = _magnitudes._add_in_parts
+    monkeypatch.setattr(
+        _magnitudes, "_add_in_parts", lambda weight, *rest: parted.append(weight) or step(weight, *rest)
+    )
+    monkeypatch.setattr(_magnitudes, "PART", 50)
+    apart = finished(method, streams, dtype=torch.float64)
+    assert {tuple(weight.shape) for weight in parted} == {(2, 8, 64), (2, 10, 6)}
+    for key in METRICS:
+        np.testing.assert_allclose(apart.metrics[key], whole.metrics[key], rtol=1e-8, atol=1e-12)
 
 
 def test_an_interrupted_task_leaves_no_weights_waiting(monkeypatch):
