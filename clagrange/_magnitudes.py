@@ -109,27 +109,33 @@ def _in_parts(weight: Tensor) -> bool:
 def _add_in_parts(
     weight: Tensor, followed: _Followed, column: Tensor, row: Tensor, left: Tensor | None
 ) -> Tensor | None:
+    dims = followed.dims
     replicas, rows, columns = weight.shape
     height = max(1, PART * torch.get_num_threads() // columns)
-    over_rows, over_columns = weight.new_zeros(replicas, 1, columns), weight.new_empty(replicas, rows)
-    product = None if left is None else torch.zeros_like(row)
-    ones = weight.new_ones(1, height)
-    for replica, matrix in enumerate(weight.data):
-        for start in range(0, rows, height):
-            these = slice(start, start + height)
-            part = matrix[these]
-            if left is not None and product is not None:
-                product[replica].addmm_(left[replica, :, these], part)
-            part.addmm_(column[replica, these], row[replica])
-            magnitudes = _magnitudes(part)
-            if -1 in followed.dims:
-                torch.sum(magnitudes, -1, out=over_columns[replica, these])
-            if -2 in followed.dims:
-                over_rows[replica].addmm_(ones[:, : len(part)], magnitudes)
+    memory, ones = _memory(weight, height * columns).view(height, columns), weight.new_ones(1, height)
+    product, over_rows = weight.new_zeros(2, replicas, 1, columns)
+    over_columns = weight.new_empty(replicas, rows)
+    for replica, matrix in enumerate(weight.data):  # split beforehand: to index takes as long as to multiply
+        factor, products, of_columns = row[replica], product[replica], over_rows[replica]
+        parts = matrix.split(height)
+        lefts = [None] * len(parts) if left is None else left[replica].split(height, -1)
+        of_parts = zip(
+            parts, column[replica].split(height), lefts, over_columns[replica].split(height), strict=True
+        )
+        for part, moves, before, of_rows in of_parts:
+            if before is not None:
+                products.addmm_(before, part)
+            part.addmm_(moves, factor)
+            whole = len(part) == height
+            magnitudes = torch.abs(part, out=memory if whole else memory[: len(part)])
+            if -1 in dims:
+                torch.sum(magnitudes, -1, out=of_rows)
+            if -2 in dims:
+                of_columns.addmm_(ones if whole else ones[:, : len(part)], magnitudes)
     torch.autograd.graph.increment_version((weight,))
     sums = {-2: over_rows.squeeze(1), -1: over_columns}
-    followed.keep(weight, {dim: sums[dim] for dim in followed.dims})
-    return product
+    followed.keep(weight, {dim: sums[dim] for dim in dims})
+    return None if left is None else product
 
 
 @contextlib.contextmanager
@@ -195,11 +201,16 @@ def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
 
 
 def _magnitudes(values: Tensor) -> Tensor:
-    """|v| of numbers, in memory that the next call writes to: fresh memory takes longer than sums."""
-    kept = _kept.memory.get(values.dtype)
-    if kept is None or kept.numel() < values.numel():
-        kept = _kept.memory[values.dtype] = values.new_empty(max(values.numel(), _SMALL))
-    return torch.abs(values, out=kept[: values.numel()].view(values.shape))
+    """|v| of numbers, in memory that the next call writes to."""
+    return torch.abs(values, out=_memory(values, values.numel()).view(values.shape))
+
+
+def _memory(like: Tensor, numbers: int) -> Tensor:
+    """Memory for so many numbers, the same each time: fresh memory takes longer than sums."""
+    kept = _kept.memory.get(like.dtype)
+    if kept is None or kept.numel() < numbers:
+        kept = _kept.memory[like.dtype] = like.new_empty(max(numbers, _SMALL))
+    return kept[:numbers]
 
 
 def _sums_by_compiler(values: Tensor, dim: int) -> Tensor:
