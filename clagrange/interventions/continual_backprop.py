@@ -246,7 +246,11 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
         eligible = next_age > self.maturity
         increment = self._increment(group, eligible)
         group.growth = torch.cat([torch.ones_like(group.age), increment], -1)
-        steps_left = ((1.0 - group.due) / (increment + torch.finfo(group.due.dtype).eps)).min() - 2.0
+        until_due = ((1.0 - group.due) / increment).min()  # ∞ where nothing grows
+        rounded = (torch.finfo(group.due.dtype).eps * until_due).clamp(
+            max=0.5
+        )  # the share that sums may be off by
+        steps_left = (until_due * (1.0 - rounded)).ceil() - 1.0
         maturing = torch.where(eligible, math.inf, self.maturity - next_age).min()
         group.quiet = int(torch.minimum(steps_left, maturing).clamp(0, 1e9))
 

@@ -1,6 +1,7 @@
 """Continual backprop: which units go and when, and their utilities."""
 
 import math
+from typing import Any
 
 import numpy as np
 import oracles
@@ -47,6 +48,36 @@ def test_a_dead_unit_comes_back() -> None:
     assert torch.equal(net[2].weight[:, others], before["2.weight"][:, others])
     assert torch.equal(net[2].bias, before["2.bias"])  # the dead unit contributed nothing
     assert ages(method).tolist() == [5, 5, 0, 5, 5, 5]
+
+
+@pytest.mark.parametrize("rate", [0.5, 1 / 6, 0.04, 1e-3])
+@pytest.mark.parametrize("maturity", [0, 20])
+def test_planning_ahead_changes_nothing(monkeypatch: pytest.MonkeyPatch, rate: float, maturity: int) -> None:
+    """When units are due is known beforehand, and not looked for in the steps until then."""
+
+    def trained() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        net = mlp()
+        method, optimizer = ContinualBackprop(rate, maturity=maturity), torch.optim.SGD(net.parameters(), lr=0.01)
+        method.on_start(net, optimizer)
+        looked.clear(), replaced.clear()
+        for _ in range(300):
+            step_with(net, optimizer, method, *inputs)
+        return {**net.state_dict(), **{f"age of {name}": ages(method, name) for name in method.state}}
+
+    def note(method: ContinualBackprop, part: Any, mask: Tensor, optimizer: Optimizer) -> None:
+        replaced.extend(mask.nonzero())
+        replace(method, part, mask, optimizer)
+
+    inputs, looked, replaced = batch(size=4), [], []
+    replace, replace_due = ContinualBackprop._replace, ContinualBackprop._replace_due
+    monkeypatch.setattr(ContinualBackprop, "_replace", note)
+    monkeypatch.setattr(ContinualBackprop, "_replace_due", lambda *a: looked.append(1) or replace_due(*a))
+    ahead = trained()
+    assert len(looked) <= 2 + 2 * len(replaced)  # when units are due, and when they mature
+    monkeypatch.setattr(ContinualBackprop, "_plan", lambda *_: None)
+    assert_same_tensors(trained(), ahead)
+    assert len(looked) == 300
 
 
 def test_new_weights_are_uniform_within_the_bound() -> None:
