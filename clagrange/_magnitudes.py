@@ -163,8 +163,9 @@ def columns_becoming_0(weight: Tensor, mask: Tensor) -> Iterator[None]:
 def sums_of_magnitudes(values: Tensor, dim: int) -> Tensor:
     """Σ|v| over dimension -1 or -2 of (..., rows, columns).
 
-    On a CPU no magnitudes are written to main memory: sums of large matrices are one compiled loop, those of
-    others, and of all where torch.compile does not work, are made of as many rows at a time as fit the cache.
+    What `add_outer_product` has summed is not summed again. On a CPU no magnitudes are written to main memory:
+    sums of large matrices are one compiled loop, those of others, and of all where torch.compile does not work,
+    are made of as many rows at a time as fit the cache.
 
     Example:
         >>> sums_of_magnitudes(torch.tensor([[1.0, -2.0], [-3.0, 4.0]]), -2)

@@ -75,6 +75,7 @@ def _parser() -> ArgumentParser:
     tune.add_argument(
         "--study", type=str, default=None, help="study file for the winners; default beside OUT: OUT_winners.yaml"
     )
+    tune.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     commands.add_subcommand("tune", tune, help="search for good settings")
 
     listing = _Parser(description="What study files can name.")
@@ -299,7 +300,10 @@ def _tune(chosen: Namespace, console: Console) -> int:
     search = load_search(chosen.config, left_out=lambda reason: _say(f"left out: {reason}"))
     require_writable(winners.parent)
     report = run_search(
-        search, out, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+        search,
+        out,
+        lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+        device=_study_device(chosen.device),
     )
     with replacing(winners) as partial:
         partial.write_text(study_of_winners(search, report), encoding="utf-8")

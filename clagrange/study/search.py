@@ -24,8 +24,16 @@ Trial = dict[str, Any]
 """The settings of a trial and, once it has run, its online accuracy (or loss), as the file has them."""
 
 
-def run_search(search: Search, target: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run_search(
+    search: Search, target: Path, say: Callable[[str], None] = print, device: str = "cpu"
+) -> dict[str, Any]:
     """Run all trials; the file ``target`` is written after each batch, and what it holds is not run again.
+
+    Args:
+        search: the search.
+        target: a JSON file.
+        say: is told of each method that is done.
+        device: to train on, "cpu" or "cuda".
 
     Finished methods of another version of clagrange are kept, with a warning; an unfinished one begins anew,
     since its trials should not come from two programs.
@@ -43,10 +51,10 @@ def run_search(search: Search, target: Path, say: Callable[[str], None] = print)
     """
     require_writable(target.parent)
     with only_writer(target):
-        return _run_search(search, target, say)
+        return _run_search(search, target, say, device)
 
 
-def _run_search(search: Search, target: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _run_search(search: Search, target: Path, say: Callable[[str], None], device: str) -> dict[str, Any]:
     report, under_way = _begin(search, target)
     kept: dict[str, list[str]] = {}
     for name, study in search.streams.items():
@@ -54,7 +62,7 @@ def _run_search(search: Search, target: Path, say: Callable[[str], None]) -> dic
         methods = report["streams"][name]["methods"]
         data = checksum(streams[0])
         for label, method in search.methods[name].items():
-            origin = _origin(search, study, method, data)
+            origin = _origin(search, study, method, data, device)
             if label in methods:
                 reason = _difference(search, method, origin, methods[label])
                 if reason is None:
@@ -71,7 +79,8 @@ def _run_search(search: Search, target: Path, say: Callable[[str], None]) -> dic
                     say(f"{name}.{label} begins anew: its first trials are of other settings, data or version")
             begun = {"method": [name, label], "origin": origin.written, "entry": entry}
             keep = functools.partial(write_json, target, {**report, "under_way": begun})
-            _try(entry, search.plan(method), streams, study.network, keep)
+            run = functools.partial(_run, method.kind, streams=streams, network=study.network, device=device)
+            _try(entry, search.plan(method), len(streams), run, keep)
             best = max(entry["trials"], key=_goodness)
             methods[label] = {**entry, "best": best["settings"], "origin": origin.written}
             write_json(target, report)
@@ -84,13 +93,15 @@ def _run_search(search: Search, target: Path, say: Callable[[str], None]) -> dic
     return report
 
 
-def _origin(search: Search, study: StreamStudy, method: MethodSearch, data: str) -> Origin:
+def _origin(search: Search, study: StreamStudy, method: MethodSearch, data: str, device: str) -> Origin:
     """What the trials of a method follow from."""
-    settings = {
+    settings: dict[str, Any] = {
         **search.written,
         **_stream_part(study.written),
         "method": {"kind": method.kind, "spaces": [space.written for space in method.spaces]},
     }
+    if device != "cpu":
+        settings["device"] = device
     version = ", ".join(filter(None, (code_version(), search.sampler.version)))
     return Origin(json.loads(json.dumps(settings)), data, version)
 
@@ -139,8 +150,8 @@ def _begin(search: Search, target: Path) -> tuple[dict[str, Any], dict[str, Any]
 def _try(
     entry: dict[str, Any],
     plan: Plan,
-    streams: list[TaskStream],
-    network: Mapping[str, Any],
+    seeds: int,
+    run: Callable[[list[Trial]], float],
     keep: Callable[[], None],
 ) -> None:
     """Run the rounds of a plan, but for the batches whose trials the entry already has; keep every batch."""
@@ -156,9 +167,9 @@ def _try(
         else:
             stored = []
         entry["trials"] = done = [*done, *trials]
-        for batch in batches(settings, len(streams)):
+        for batch in batches(settings, seeds):
             if not all("by_seed" in trials[index] for index in batch):
-                entry["seconds"] += _run(entry["kind"], [trials[index] for index in batch], streams, network)
+                entry["seconds"] += run([trials[index] for index in batch])
                 keep()
         try:
             settings = plan.send([_goodness(trial) for trial in trials])
@@ -166,14 +177,16 @@ def _try(
             return
 
 
-def _run(kind: str, trials: list[Trial], streams: list[TaskStream], network: Mapping[str, Any]) -> float:
+def _run(
+    kind: str, trials: list[Trial], streams: list[TaskStream], network: Mapping[str, Any], device: str
+) -> float:
     """Run trials at once, those of large networks in groups; note the online accuracy of each over all tasks.
 
     Returns:
         The seconds that it took.
     """
     methods = [construct(METHODS, kind, trial["settings"], ("trial",)) for trial in trials]
-    run = start(stacked(methods, len(streams)), streams * len(methods), network, measured=False)
+    run = start(stacked(methods, len(streams)), streams * len(methods), network, measured=False, device=device)
     while run.next_task < run.tasks:
         run.run_task()
     judged = "loss" if streams[0].loss == "mse" else "online_accuracy"

@@ -127,6 +127,7 @@ def test_a_used_folder_is_refused_resumed_or_replaced(config, tmp_path, capsys):
         (["comprae"], "invalid choice"),
         (["figure", "3", "--out", "/dev/null/x"], "cannot be written"),
         (["tune", "demo_search", "--out", "/dev/null/x/found.json"], "cannot be written"),
+        (["tune", "demo_search", "--out", "found.json", "--device", "tpu"], "expected cpu or cuda, got 'tpu'"),
         (["report", "nowhere"], "expected the folder of a study"),
         (["list", "method"], "did you mean 'methods'?"),
     ],

@@ -106,6 +106,30 @@ def test_trials_of_large_networks_run_in_groups(tmp_path, monkeypatch):
         ]
 
 
+def test_trials_run_on_the_device_and_say_so(tmp_path, monkeypatch):
+    """No GPU is needed: what would go to one is caught."""
+    devices = set()
+    start = groups.start
+
+    def on_the_host(*arguments, device, **settings):
+        devices.add(device)
+        return start(*arguments, **settings)
+
+    monkeypatch.setattr("clagrange.study.search.start", on_the_host)
+    search, lines = load_search(write(tmp_path / "search.yaml", SEARCH)), []
+    report = run_search(search, tmp_path / "found.json", lines.append, device="cuda")
+    assert devices == {"cuda"}
+    methods = report["streams"]["permuted_digits"]["methods"]
+    assert all(entry["origin"]["settings"]["device"] == "cuda" for entry in methods.values())
+    lines.clear()
+    again = run_search(search, tmp_path / "found.json", lines.append)
+    assert devices == {"cuda", "cpu"}
+    assert all(any(f"permuted_digits.{name} runs again" in line for line in lines) for name in methods)
+    for name, entry in again["streams"]["permuted_digits"]["methods"].items():
+        assert "device" not in entry["origin"]["settings"]
+        assert entry["trials"] == methods[name]["trials"]
+
+
 def test_winners_make_a_study_on_other_seeds(tmp_path):
     search = load_search(write(tmp_path / "search.yaml", SEARCH))
     report = run_search(search, tmp_path / "found.json", lambda line: None)
@@ -123,7 +147,7 @@ def pretend(monkeypatch, stop=None):
     """Replace runs by a formula; gives the settings of the batches; the one numbered ``stop`` is interrupted."""
     batches = []
 
-    def run(kind, trials, streams, network):
+    def run(kind, trials, streams, network, device):
         if len(batches) == stop:
             raise KeyboardInterrupt
         batches.append([trial["settings"] for trial in trials])
