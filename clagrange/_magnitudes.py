@@ -115,23 +115,24 @@ def _add_in_parts(
     memory, ones = _memory(weight, height * columns).view(height, columns), weight.new_ones(1, height)
     product, over_rows = weight.new_zeros(2, replicas, 1, columns)
     over_columns = weight.new_empty(replicas, rows)
-    for replica, matrix in enumerate(weight.data):  # split beforehand: to index takes as long as to multiply
+    # all is split beforehand: to index takes as long as to multiply
+    whole = (rows - 1) // height  # parts before the last
+    rest = rows - whole * height
+    spaces, units = [memory] * whole + [memory[:rest]], [ones] * whole + [ones[:, :rest]]
+    for replica, matrix in enumerate(weight.data):
         factor, products, of_columns = row[replica], product[replica], over_rows[replica]
-        parts = matrix.split(height)
-        lefts = [None] * len(parts) if left is None else left[replica].split(height, -1)
-        of_parts = zip(
-            parts, column[replica].split(height), lefts, over_columns[replica].split(height), strict=True
-        )
-        for part, moves, before, of_rows in of_parts:
-            if before is not None:
-                products.addmm_(before, part)
-            part.addmm_(moves, factor)
-            whole = len(part) == height
-            magnitudes = torch.abs(part, out=memory if whole else memory[: len(part)])
+        moves, of_rows = column[replica].split(height), over_columns[replica].split(height)
+        lefts = [None] * len(spaces) if left is None else left[replica].split(height, -1)
+        of_parts = zip(matrix.split(height), moves, lefts, spaces, of_rows, units, strict=True)
+        for part, move, of_outputs, space, sums_of_rows, unit in of_parts:
+            if of_outputs is not None:
+                products.addmm_(of_outputs, part)
+            part.addmm_(move, factor)
+            torch.abs(part, out=space)
             if -1 in dims:
-                torch.sum(magnitudes, -1, out=of_rows)
+                torch.sum(space, -1, out=sums_of_rows)
             if -2 in dims:
-                of_columns.addmm_(ones if whole else ones[:, : len(part)], magnitudes)
+                of_columns.addmm_(unit, space)
     torch.autograd.graph.increment_version((weight,))
     sums = {-2: over_rows.squeeze(1), -1: over_columns}
     followed.keep(weight, {dim: sums[dim] for dim in dims})
