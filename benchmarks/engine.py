@@ -262,9 +262,9 @@ def floor(name: str, width: int, rate: float) -> float:
         if name == "sgd":
             passes = 1 + (not first) + (2 / KEPT if size >= WIDE else 2)
         elif size > PART:
-            passes = 1 + 2
+            passes = 1 + 2  # all but the forward pass is done at once
         else:
-            passes = 1 + (not first) + 2 + (not first) + (not last)
+            passes = 1 + (not first) + 2 + (not last) + (not first)  # incoming and outgoing ones are looked at
         numbers += passes * size
     return rate / (4 * numbers)
 

@@ -297,13 +297,14 @@ def _tune(chosen: Namespace, console: Console) -> int:
         if path.resolve() in taken:
             raise SettingsError(f"{name}: expected a file of its own, got {path}; choose another")
         taken.add(path.resolve())
+    device = _study_device(chosen.device)
     search = load_search(chosen.config, left_out=lambda reason: _say(f"left out: {reason}"))
     require_writable(winners.parent)
     report = run_search(
         search,
         out,
         lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
-        device=_study_device(chosen.device),
+        device,
     )
     with replacing(winners) as partial:
         partial.write_text(study_of_winners(search, report), encoding="utf-8")

@@ -21,6 +21,7 @@ UTILITIES = ("contribution", "zero_contribution", "adaptable_contribution", "wei
 
 _CENTERED = ("zero_contribution", "adaptable_contribution")
 _OF_INCOMING = ("adaptable_contribution", "adaptation")
+_OF_OUTGOING = ("contribution", "zero_contribution", "adaptable_contribution", "weight")
 
 _SMALL = 1 << 18
 """Weights up to which a product takes less time than sums by torch."""
@@ -120,7 +121,7 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
             for link in group.members:
                 for producer in link.producers:
                     follow_sums(producer.weight, -1)
-        if self.utility not in ("adaptation", "random"):
+        if self.utility in _OF_OUTGOING:
             for route in group.routes:
                 if route.plain:
                     follow_sums(route.consumer.weight, -2)
@@ -247,10 +248,10 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
         increment = self._increment(group, eligible)
         group.growth = torch.cat([torch.ones_like(group.age), increment], -1)
         until_due = ((1.0 - group.due) / increment).min()  # ∞ where nothing grows
-        rounded = (torch.finfo(group.due.dtype).eps * until_due).clamp(
+        off = (torch.finfo(group.due.dtype).eps * until_due).clamp(
             max=0.5
-        )  # the share that sums may be off by
-        steps_left = (until_due * (1.0 - rounded)).ceil() - 1.0
+        )  # by that share, at most, from rounding
+        steps_left = (until_due * (1.0 - off)).ceil() - 1.0
         maturing = torch.where(eligible, math.inf, self.maturity - next_age).min()
         group.quiet = int(torch.minimum(steps_left, maturing).clamp(0, 1e9))
 
