@@ -15,7 +15,7 @@ say) the estimate stays, up to the size: that is followed where it is another by
 import functools
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,13 @@ from clagrange.gaussian.precision import DiagonalPrecision
 
 
 class Observer(ABC):
-    """Adds up what an estimator needs of the parameters of one precision while gradients accumulate."""
+    """Adds up what an estimator needs of the parameters of one precision while gradients accumulate.
+
+    Attributes:
+        gathers: names of the attributes in which it does; see `clagrange.interventions.hooked.Hooked`.
+    """
+
+    gathers: ClassVar[tuple[str, ...]]
 
     @property
     def wanted(self) -> bool:
@@ -66,6 +72,8 @@ class FactorObserver(Observer):
 
     Source: Martens and Grosse (2015); for convolutions Grosse and Martens (2016).
     """
+
+    gathers = ("_count", "_rows", "_sums", "_probe", "_keeping")
 
     def __init__(self, precision: KroneckerPrecision, bias: bool) -> None:
         self.precision = precision
@@ -175,6 +183,8 @@ class PerExampleObserver(Observer):
         precision: of the parameter that is observed.
     """
 
+    gathers = ("_squares", "_probe")
+
     def __init__(self, precision: DiagonalPrecision) -> None:
         self.precision = precision
         self.clear()
@@ -228,6 +238,8 @@ class VarianceObserver(Observer):
 
     Source: Price (1958) and Opper and Archambeau (2009) for the identity; Khan et al. (2018) for its use here.
     """
+
+    gathers = ("_curvature", "_probe")
 
     def __init__(self, precision: DiagonalPrecision) -> None:
         self.precision = precision
@@ -352,7 +364,7 @@ def _proportion(changed: Tensor, seen: Tensor, stacked: bool) -> tuple[Tensor, T
     changed, seen = changed.flatten(int(stacked)), seen.flatten(int(stacked))
     c, error = _fit(changed, seen)
     multiplied = error <= 0.1
-    if changed.device.type == "cpu" and bool(multiplied.all()):  # elsewhere to look would be to wait
+    if _looking_is_free(changed) and bool(multiplied.all()):
         return c, error
     known = torch.where(changed == 0, 0.0, seen)
     c_known, error_known = _fit(changed, known)
@@ -360,6 +372,11 @@ def _proportion(changed: Tensor, seen: Tensor, stacked: bool) -> tuple[Tensor, T
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, math.nan).nanmedian(-1).values
     ratio = torch.where((ratio < 0.25) | (ratio > 4.0), ratio, 1.0)
     return torch.where(multiplied, c, torch.where(error_known <= 0.1, c_known, ratio)), error
+
+
+def _looking_is_free(tensor: Tensor) -> bool:
+    """Whether the host need not wait for a tensor's numbers."""
+    return tensor.device.type == "cpu"
 
 
 def _fit(changed: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,16 @@
 """The abstract intervention: a change of a network outside the gradient step."""
 
 import copy
-from abc import ABC
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from clagrange.gaussian import owner_of
 from clagrange.interventions.detection import Detector
+from clagrange.interventions.hooked import Hooked
 from clagrange.interventions.only_replicas import only_replicas
 from clagrange.replicas import Generators, generators_from_seeds, replicas_of
 
@@ -19,7 +18,7 @@ _LARGE = 1 << 16
 """Entries from which those of a mask are looked up, and not the whole tensor worked through."""
 
 
-class Intervention(ABC):  # noqa: B024 - every moment is optional
+class Intervention(Hooked):  # every moment is optional
     """Something that is done to a network at four moments of its training, in any framework.
 
     A subclass overrides the moments it needs. What must survive a checkpoint goes into ``state`` (tensors,
@@ -39,11 +38,11 @@ class Intervention(ABC):  # noqa: B024 - every moment is optional
     def __init__(self, seed: int | Sequence[int] = 0, detector: Detector | None = None) -> None:
         if detector is not None and not isinstance(detector, Detector):
             raise TypeError(f"detector: expected a clagrange.interventions.Detector or None, got {detector!r}")
+        super().__init__()
         self.seed = seed
         self.detector = detector
         self.state: dict[str, Any] = {}
         self.generators: Generators | None = None
-        self._handles: list[RemovableHandle] = []
         self._generator_states: list[Tensor] | None = None
 
     @property
@@ -64,15 +63,15 @@ class Intervention(ABC):  # noqa: B024 - every moment is optional
         )
 
     @property
-    def acts_at_steps(self) -> bool:
-        """Whether the method does something at training steps."""
-        moments = ("loss_known", "gradient_known", "step_taken", "on_gradient", "on_step")
-        return any(getattr(type(self), moment) is not getattr(Intervention, moment) for moment in moments)
+    def replays(self) -> bool:
+        """Whether what is done before each step of the optimizer can be replayed from a CUDA graph.
 
-    @property
-    def acts_between_switches(self) -> bool:
-        """Whether the method, once started, its hooks or its detector do something while a task is trained on."""
-        return self.acts_at_steps or bool(self._handles) or self.detector is not None
+        It can where it is nothing. A subclass that does something may say so too, if that is the same operations
+        on the same memory with the same numbers in every step, none of them random.
+        """
+        moments = ("loss_known", "gradient_known", "on_gradient")
+        nothing = all(getattr(type(self), moment) is getattr(Intervention, moment) for moment in moments)
+        return nothing and self.detector is None
 
     def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Before training starts, and again whenever it goes on (a new `fit`, a resumed run)."""
@@ -123,20 +122,18 @@ class Intervention(ABC):  # noqa: B024 - every moment is optional
         if self.detector is None or self.detector.takes_announcements:
             self.on_switch(network, optimizer)
 
-    def on_gradient(self, network: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
+    def on_gradient(self, network: nn.Module, optimizer: Optimizer) -> None:
         """After the gradients are there, before the optimizer steps."""
 
-    def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
+    def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
         """After each optimizer step."""
 
-    def on_switch(self, network: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
+    def on_switch(self, network: nn.Module, optimizer: Optimizer) -> None:
         """At the switch to another task; never before the first."""
 
     def detach(self) -> None:
         """Remove the hooks from the network."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        super().detach()
         if self.detector is not None:
             self.detector.detach()
 

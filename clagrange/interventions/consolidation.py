@@ -50,11 +50,6 @@ class Consolidation(Intervention):
         """Unless it goes by the steps."""
         return self.every is None
 
-    @property
-    def acts_at_steps(self) -> bool:
-        """Unless it acts at switches."""
-        return not self.acts_at_switches
-
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Consolidate if enough steps were taken."""
         if self.every is None:

@@ -10,22 +10,22 @@ shifts by 2·drift. They differ in the number and in the reference. For replicas
 """
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from clagrange._checks import check_count, check_number, check_positive
 from clagrange.distributed import mean_over_processes
 from clagrange.gaussian import gaussian_blocks, predict
+from clagrange.interventions.hooked import Hooked
 from clagrange.replicas import generators_from_seeds, replicas_of
 
 
-class Detector(ABC):
+class Detector(Hooked):
     """What tells an intervention that the task has switched; give each intervention one of its own.
 
     Attributes:
@@ -36,28 +36,22 @@ class Detector(ABC):
     takes_announcements: ClassVar[bool] = False
 
     def __init__(self) -> None:
+        super().__init__()
         self.state: dict[str, Any] = {}
-        self._handles: list[RemovableHandle] = []
 
     def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Before training starts, and again whenever it goes on."""
         self.detach()
 
-    def on_loss(self, network: nn.Module, loss: Tensor) -> None:  # noqa: B027
+    def on_loss(self, network: nn.Module, loss: Tensor) -> None:
         """The mean loss of a batch is known: a number, or (R,); several before a step add up, as gradients do."""
 
-    def on_gradient(self, network: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027
+    def on_gradient(self, network: nn.Module, optimizer: Optimizer) -> None:
         """The gradients are there; the optimizer has not stepped yet."""
 
     @abstractmethod
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> Tensor:
         """After a step: true where a switch is noticed, (R,), or one entry for a single network."""
-
-    def detach(self) -> None:
-        """Remove the hooks from the network."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
         """Everything gathered so far."""
@@ -246,6 +240,8 @@ class PredictiveSurprise(SequentialDetector):
         samples: draws of the weights.
         seed: of the draws; for a stacked network one for each replica, a single number counts up.
     """
+
+    gathers = ("_seen",)
 
     def __init__(
         self,

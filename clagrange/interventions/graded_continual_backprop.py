@@ -72,6 +72,11 @@ class GradedContinualBackprop(UnitReset):
         self.decay = decay
         self.state["steps"] = 0
 
+    @property
+    def replays(self) -> bool:
+        """It does."""
+        return True
+
     def _prepare(self) -> None:
         for connection in self._connections:
             self._bind(connection, utility=torch.ones_like(zeros_for(connection)))

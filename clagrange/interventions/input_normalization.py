@@ -24,6 +24,8 @@ class InputNormalization(Intervention):
         eps: ε, in squared units of the inputs.
     """
 
+    gathers = ()
+
     def __init__(self, eps: float = 1e-4) -> None:
         super().__init__()
         check_positive("eps", eps)
@@ -45,15 +47,18 @@ class InputNormalization(Intervention):
             return inputs
         if not self.state:
             zeros = torch.zeros_like(inputs.select(batch_dim, 0))
-            self.state = {"count": 0, "mean": zeros, "variance": zeros.clone()}
-        mean, variance = (self.state[name].to(inputs) for name in ("mean", "variance"))
+            count = torch.zeros((), dtype=torch.long, device=inputs.device)
+            self.state = {"count": count, "mean": zeros, "variance": zeros.clone()}
+        self.state["count"] = torch.as_tensor(self.state["count"], device=inputs.device)  # earlier a plain number
+        self.state |= {name: self.state[name].to(inputs) for name in ("mean", "variance")}
+        count, mean, variance = (self.state[name] for name in ("count", "mean", "variance"))
         if update:
             size, batch_mean, batch_variance = _moments(inputs, batch_dim)
-            weight = size / (self.state["count"] + size)
+            count += size
+            weight = size / count.double()
             shift = batch_mean - mean
-            variance = torch.lerp(variance, batch_variance, weight) + weight * (1.0 - weight) * shift.square()
-            mean = mean + weight * shift
-            self.state = {"count": self.state["count"] + size, "mean": mean, "variance": variance}
+            variance.lerp_(batch_variance, weight.to(variance)).add_(weight * (1.0 - weight) * shift.square())
+            mean.add_(weight * shift)
         scale = (variance + self.eps).rsqrt()
         normalised: Tensor = (inputs - mean.unsqueeze(batch_dim)) * scale.unsqueeze(batch_dim)
         return normalised

@@ -59,11 +59,6 @@ class LastLayerReset(Intervention):
         """Unless it goes by the steps."""
         return self.every is None
 
-    @property
-    def acts_at_steps(self) -> bool:
-        """Unless it acts at switches."""
-        return not self.acts_at_switches
-
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Reset if enough steps were taken."""
         if self.every is None:

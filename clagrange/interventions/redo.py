@@ -67,6 +67,11 @@ class ReDo(UnitReset):
         """Whether the score is one of gradients."""
         return self.score == "gradient"
 
+    @property
+    def replays(self) -> bool:
+        """Unless gradients count in some steps only."""
+        return not self.needs_gradients or self.window is None
+
     def _prepare(self) -> None:
         for connection in self._connections:
             self._bind(connection, magnitude=zeros_for(connection))

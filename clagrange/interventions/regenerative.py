@@ -45,6 +45,11 @@ class Regenerative(Intervention):
         """Only with ``resample="switch"``."""
         return self.resample == "switch"
 
+    @property
+    def replays(self) -> bool:
+        """Unless w₀ is drawn at every step."""
+        return self.resample != "step" and self.detector is None
+
     @abstractmethod
     def _pull(self, distance: Tensor) -> Tensor:
         """The gradient of the penalty for λ = 1."""

@@ -68,11 +68,6 @@ class ShrinkAndPerturb(Intervention):
         """Only with ``every="switch"``."""
         return self.every == "switch"
 
-    @property
-    def acts_at_steps(self) -> bool:
-        """Unless it acts at switches."""
-        return not self.acts_at_switches
-
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Shrink and perturb after each step, or after so many."""
         if self.every == "switch":

@@ -61,6 +61,11 @@ class SoftReset(Intervention):
         self.origin = origin
         self.state = {"origin": {}, "gamma": {}}
 
+    @property
+    def replays(self) -> bool:
+        """It does."""
+        return True
+
     def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Remember the initial weights, once; parameters that come later join at their first start."""
         super().on_start(network, optimizer)

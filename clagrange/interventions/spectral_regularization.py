@@ -36,6 +36,11 @@ class SpectralRegularization(Intervention):
         self.strength = strength
         self.power = power
 
+    @property
+    def replays(self) -> bool:
+        """It does."""
+        return True
+
     @torch.no_grad()
     def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Find the singular vectors to follow, once; weights that come later join at their first start."""
@@ -74,7 +79,7 @@ class SpectralRegularization(Intervention):
                 continue
             matrix = _matrix(parameter, stacked)
             left, right = _iterate(matrix, self.state[name])
-            self.state[name] = left
+            self.state[name].copy_(left)
             sigma = torch.einsum("...o,...oi,...i->...", left, matrix, right)[..., None, None]
             slope = 2.0 * (sigma**self.power - 1.0) * self.power * sigma ** (self.power - 1.0)
             pull = slope * left.unsqueeze(-1) * right.unsqueeze(-2)

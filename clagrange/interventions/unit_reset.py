@@ -31,6 +31,7 @@ class UnitReset(Intervention):
         seed: of the random stream.
     """
 
+    gathers = ("_entering",)
     watches = True
 
     def __init__(

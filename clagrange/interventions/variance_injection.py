@@ -89,13 +89,13 @@ class VarianceInjection(Intervention):
     def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Begin to count the steps after a switch."""
         super().on_start(network, optimizer)
-        if self.acts_at_steps:  # shape (R,), or one number
+        if self._acts_at_steps:  # shape (R,), or one number
             left = self.state.get("left", torch.zeros((replicas_of(network) or 1,), dtype=torch.long))
             self.state["left"] = left.cpu()
 
     def on_switch(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Inject, or begin to."""
-        if self.acts_at_steps:
+        if self._acts_at_steps:
             self.state["left"] = torch.full_like(self.state["left"], self.equilibrium or self.over)
         if self.over == 1:
             self._inject(network, self.strength, self.widen, self.multiply)
@@ -121,7 +121,7 @@ class VarianceInjection(Intervention):
                     self._set_to_equilibrium(network, optimizer)
 
     @property
-    def acts_at_steps(self) -> bool:
+    def _acts_at_steps(self) -> bool:
         """Where an injection is spread over steps, or followed by what is done some steps later."""
         return self.over > 1 or self.equilibrium > 0
 

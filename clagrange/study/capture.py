@@ -1,16 +1,22 @@
 """Training steps as CUDA graphs: a small network's step takes a GPU less time than launching its kernels."""
 
 import contextlib
+import copy
+import itertools
+import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clagrange.gaussian import DiagonalPrecision, GaussianLayer, owner_of
+from clagrange.gaussian.sampling import WeightSampler
 from clagrange.interventions import Intervention
-from clagrange.optim import EulerLagrange, StackedAdam, StackedMuon, StackedSGD
+from clagrange.interventions.hooked import Hooked
+from clagrange.optim import BGD, MESU, EulerLagrange, StackedAdam, StackedMuon, StackedSGD
 
 ORDINARY = 3
 """Steps before a capture: they make the optimizer's state and what libraries keep for themselves."""
@@ -18,105 +24,202 @@ ORDINARY = 3
 WORTHWHILE = 50
 """Steps of a task from which on one is captured, which takes some milliseconds: a guess until it is measured."""
 
-_REPLAYABLE = (torch.optim.SGD, torch.optim.Adam, StackedSGD, StackedAdam, StackedMuon, EulerLagrange)
+_REPLAYABLE = (torch.optim.SGD, torch.optim.Adam, StackedSGD, StackedAdam, StackedMuon, EulerLagrange, BGD, MESU)
 """Optimizers of which a step can be the same operations on the same memory each time."""
 
-Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""What a step makes of inputs and targets."""
+Passes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Forward and backward pass: what they make of inputs and targets, logits and losses."""
+
+Update = Callable[[Tensor], None]
+"""What is done with losses and gradients, up to the step of the optimizer."""
 
 
-def may_capture(optimizer: Optimizer, interventions: Sequence[Intervention]) -> bool:
-    """Whether a step does nothing on the host that its replay would miss.
+def passes_replay(network: nn.Module, interventions: Sequence[Intervention]) -> bool:
+    """Whether forward and backward pass do nothing on the host that their replay would miss.
 
-    That holds for SGD, Adam (torch's: the fused one), Muon and the Euler-Lagrange flow of diagonal precisions
-    that draw no weights and estimate the curvature by squared gradients, where interventions do nothing between
-    switches. Others count steps, wait for numbers, or draw from random streams.
+    What they leave there for the update is known of Gaussian layers, and of interventions and detectors that say
+    so (``gathers``), not of other hooks. Draws of the weights replay where precisions are diagonal and no draw is
+    the negative of the one before.
 
     Example:
-        >>> may_capture(torch.optim.SGD([torch.zeros(1)]), [])
+        >>> passes_replay(nn.Linear(2, 1), [])
         True
     """
-    if type(optimizer) not in _REPLAYABLE or any(
-        intervention.acts_between_switches for intervention in interventions
-    ):
+    hooked = _hooked(interventions)
+    modules = list(network.modules())
+    known = sum(each.hooks for each in hooked if each.gathers is not None)
+    if known < sum(_hooks_of(module) for module in modules):
+        return False
+    return all(_draws_replay(module) for module in modules if isinstance(module, GaussianLayer))
+
+
+def update_replays(optimizer: Optimizer, interventions: Sequence[Intervention]) -> bool:
+    """Whether what follows the passes, up to the step of the optimizer, is the same at every step.
+
+    That holds for SGD, Adam (torch's: the fused one), Muon and the optimizers of Gaussian weights with diagonal
+    precisions, where interventions that look at losses and gradients say that they replay. Others count steps,
+    wait for numbers, or draw from random streams.
+
+    Example:
+        >>> update_replays(torch.optim.SGD([torch.zeros(1)]), [])
+        True
+    """
+    if type(optimizer) not in _REPLAYABLE or not all(intervention.replays for intervention in interventions):
         return False
     if type(optimizer) is torch.optim.Adam and not all(group["fused"] for group in optimizer.param_groups):
         return False  # it counts its steps on the host
     owners = (owner_of(parameter) for group in optimizer.param_groups for parameter in group["params"])
-    return all(owner is None or _is_plain(*owner) for owner in owners)
-
-
-def _is_plain(layer: GaussianLayer, name: str) -> bool:
-    """Whether a Gaussian parameter is stepped by its gradient alone, without draws."""
-    diagonal = isinstance(layer.precision_of(name), DiagonalPrecision)
-    return diagonal and layer.observation_of(name) is None and not hasattr(layer, "sampler")
+    return all(
+        owner is None or isinstance(owner[0].precision_of(owner[1]), DiagonalPrecision) for owner in owners
+    )
 
 
 class StepReplay:
     """Training steps that are captured after some ordinary ones, and from then on replayed on new batches.
 
-    A replay repeats the captured operations on the captured memory with the captured plain numbers. So steps must
-    be the same until the next `begin`: their batches of one shape, the settings as they were, and nothing that
-    they work on replaced. Where they cannot be captured a warning says so, and all steps are ordinary ones.
+    Forward and backward pass are captured, and with them the update where that replays too. What the passes leave
+    on the host for later is handed out again after each replay, which has filled its tensors anew.
+
+    A replay repeats the captured operations on the captured memory with the captured plain numbers. So batches
+    must be of one shape until the next `begin`. If anything else that was captured is replaced, such as a buffer
+    or a setting of the optimizer, the capture is given up, and made again some steps later. Where a step cannot
+    be captured a warning says so, and all steps are ordinary ones.
 
     Args:
-        optimizer: that steps are made with; what of its settings are tensors goes to the device.
+        network: that is trained.
+        optimizer: of the network; what of its settings are tensors goes to the device.
         graphs: of the device.
     """
 
-    def __init__(self, optimizer: Optimizer, graphs: "CUDAGraphs") -> None:
+    _modules: list[nn.Module]
+    _layers: list[GaussianLayer]
+    _hooked: list[Hooked]
+    _ordinary: int  # steps that are left before the capture
+    _given: tuple[Tensor, ...]
+    _replaceable: list[Any]
+    _captured: "dict[tuple[bool, ...], _Captured]"  # by what observers want
+
+    def __init__(self, network: nn.Module, optimizer: Optimizer, graphs: "CUDAGraphs") -> None:
+        self._network = network
         self._optimizer = optimizer
         self._graphs = graphs
         self._failed = False
         self.end()
         if type(optimizer) in _REPLAYABLE:
             for group in optimizer.param_groups:
-                group.update((k, v.to(graphs.device)) for k, v in group.items() if isinstance(v, Tensor))
+                _move_tensors(group, graphs.device)
 
     def begin(self, interventions: Sequence[Intervention], steps: int) -> None:
-        """Make ready for so many steps that are the same, if that is worth it and possible with interventions."""
+        """Make ready for so many steps, to capture one if that is worth it and possible with interventions."""
         self.end()
-        self._may = not self._failed and steps >= WORTHWHILE and may_capture(self._optimizer, interventions)
+        if self._failed or steps < WORTHWHILE or not passes_replay(self._network, interventions):
+            return
+        self._may = True
+        self._apart = not update_replays(self._optimizer, interventions)
+        for intervention in interventions if not self._apart else ():
+            _move_tensors(vars(intervention), self._graphs.device)
+        self._modules = list(self._network.modules())
+        self._layers = [module for module in self._modules if isinstance(module, GaussianLayer)]
+        self._hooked = _hooked(interventions)
 
     def end(self) -> None:
         """Give back what was captured, and its memory; steps are ordinary ones until the next `begin`."""
-        self._may = False
-        self._ordinary = 0
-        self._given: tuple[Tensor, ...] = ()
-        self._made: tuple[Tensor, ...] = ()
-        self._replay: Callable[[], None] | None = None
+        self._may = self._apart = False
+        self._modules, self._layers, self._hooked = [], [], []
+        self._give_up(ORDINARY)
 
-    def __call__(self, step: Step, inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """What the step makes of a batch, in memory of its own."""
+    def _give_up(self, ordinary: int) -> None:
+        """Forget what was captured; so many steps are ordinary ones before the next capture."""
+        self._ordinary = ordinary
+        self._given, self._replaceable, self._captured = (), [], {}
+
+    def __call__(self, passes: Passes, update: Update, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Make a step on a batch: what the passes make of it, in memory of its own."""
+
+        def step(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            logits, losses = passes(inputs, targets)
+            update(losses)
+            return logits, losses
+
         if not self._may:
             return step(inputs, targets)
-        if self._replay is None and self._ordinary < ORDINARY:
-            self._ordinary += 1
+        if self._captured and not _same(self._replaceable, self._now()):
+            self._give_up(WORTHWHILE)
+        if self._ordinary > 0:
+            self._ordinary -= 1
             return self._graphs.aside(step, inputs, targets)
-        if self._replay is None:
-            self._record(step, inputs, targets)
-        if self._replay is None:
-            return step(inputs, targets)
+        # what observers look at may differ from step to step
+        variant = tuple(observer.wanted for layer in self._layers for observer in layer.observers())
+        if variant not in self._captured:
+            try:
+                self._captured[variant] = self._capture(passes if self._apart else step, inputs, targets)
+            except Exception as error:  # CUDA's and torch's own are of many kinds
+                self.end()
+                self._failed = True
+                _warn_of(error)
+                return step(inputs, targets)
         for place, value in zip(self._given, (inputs, targets), strict=True):
             place.copy_(value)
-        self._replay()
-        return tuple(value.clone() for value in self._made)
+        logits, losses = self._captured[variant].replay()
+        if self._apart:
+            update(losses)
+        return logits.clone(), losses.clone()
 
-    def _record(self, step: Step, inputs: Tensor, targets: Tensor) -> None:
-        self._given = (inputs.clone(), targets.clone())
-        try:
-            with _said_to_be_captured(self._optimizer):
-                self._replay, self._made = self._graphs.record(step, *self._given)
-        except Exception as error:  # CUDA's and torch's own are of many kinds
-            self.end()
-            self._failed = True
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            warnings.warn(
-                f"the training step could not be captured in a CUDA graph, and each of its kernels is launched "
-                f"by itself, which takes longer ({reason})",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+    def _capture(self, step: Passes, inputs: Tensor, targets: Tensor) -> "_Captured":
+        if not self._given:
+            self._given = (inputs.clone(), targets.clone())
+        samplers = filter(None, map(_sampler_of, self._layers))
+        generators = [stream.generator for sampler in samplers for stream in sampler.random_streams]
+        with _said_to_be_captured(self._optimizer):
+            replay, made = self._graphs.record(step, generators, *self._given)
+        self._replaceable = self._now()
+        observers = (observer for layer in self._layers for observer in layer.observers())
+        return _Captured(replay, made, self._network.parameters(), [*self._layers, *observers, *self._hooked])
+
+    def _now(self) -> list[Any]:
+        """What a step works on and with, in its present form."""
+        held: Iterable[Mapping[Any, Any]] = itertools.chain.from_iterable(
+            (module._parameters, module._buffers) for module in self._modules
+        )
+        if not self._apart:
+            held = itertools.chain(held, self._optimizer.state.values(), self._optimizer.param_groups)
+        return [value for values in held for value in values.values()]
+
+
+class _Captured:
+    """A captured step, with what it left on the host.
+
+    Args:
+        replay: makes the step.
+        made: what it makes, each time in the same memory.
+        parameters: with their gradients.
+        gatherers: whatever has ``gathers``.
+    """
+
+    def __init__(
+        self,
+        replay: Callable[[], None],
+        made: tuple[Tensor, Tensor],
+        parameters: Iterable[nn.Parameter],
+        gatherers: Iterable[Any],
+    ) -> None:
+        self._replay = replay
+        self._made = made
+        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
+        self._gathered = [
+            (gatherer, name, copy.copy(getattr(gatherer, name)))
+            for gatherer in gatherers
+            for name in gatherer.gathers or ()
+        ]
+
+    def replay(self) -> tuple[Tensor, Tensor]:
+        """Make the step, and leave on the host what it left there when it was captured."""
+        self._replay()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        for gatherer, name, value in self._gathered:
+            setattr(gatherer, name, copy.copy(value))
+        return self._made
 
 
 class CUDAGraphs:
@@ -130,7 +233,7 @@ class CUDAGraphs:
         self.device = device
         self._stream = torch.cuda.Stream(device)
 
-    def aside(self, step: Step, *given: Tensor) -> tuple[Tensor, ...]:
+    def aside(self, step: Passes, *given: Tensor) -> tuple[Tensor, Tensor]:
         """Call on the stream of its own, as torch wants it before a capture."""
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -139,9 +242,16 @@ class CUDAGraphs:
             torch.cuda.current_stream().wait_stream(self._stream)
         return made
 
-    def record(self, step: Step, *given: Tensor) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        """Capture a call without making it: how to replay it, and where it will leave what it makes."""
+    def record(
+        self, step: Passes, generators: Iterable[torch.Generator], *given: Tensor
+    ) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+        """Capture a call without making it: how to replay it, and where it will leave what it makes.
+
+        Random numbers are drawn from these generators, and at each replay they go on.
+        """
         graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
         with (
             torch.cuda.device(self.device),
             torch.cuda.stream(torch.cuda.current_stream(self.device)),  # returns to it where a capture breaks off
@@ -154,6 +264,51 @@ class CUDAGraphs:
 def graphs_of(device: torch.device) -> CUDAGraphs | None:
     """The graphs of a device; None where it has none."""
     return CUDAGraphs(device) if device.type == "cuda" else None
+
+
+def _hooked(interventions: Sequence[Intervention]) -> list[Hooked]:
+    """The interventions, and their detectors."""
+    detectors = (intervention.detector for intervention in interventions)
+    return [*interventions, *(detector for detector in detectors if detector is not None)]
+
+
+def _hooks_of(module: nn.Module) -> int:
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return sum(map(len, kinds))
+
+
+def _sampler_of(layer: GaussianLayer) -> WeightSampler | None:
+    sampler = layer._modules.get("sampler")
+    assert sampler is None or isinstance(sampler, WeightSampler)
+    return sampler
+
+
+def _draws_replay(layer: GaussianLayer) -> bool:
+    sampler = _sampler_of(layer)
+    if sampler is None:
+        return True
+    return not sampler.antithetic and all(
+        isinstance(block.precision, DiagonalPrecision) for block in layer.blocks()
+    )
+
+
+def _move_tensors(values: Any, device: torch.device) -> None:
+    """Put the tensors among values on a device: from elsewhere a capture cannot copy them."""
+    values.update({name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+def _same(before: list[Any], now: list[Any]) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))
+
+
+def _warn_of(error: Exception) -> None:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    warnings.warn(
+        f"the training step could not be captured in a CUDA graph, and each of its kernels is launched by "
+        f"itself, which takes longer ({reason})",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 @contextlib.contextmanager

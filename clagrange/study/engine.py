@@ -97,8 +97,8 @@ class Run(Resumable):
 
     Where SGD has neither momentum nor decay, and no intervention asks for gradients, linear layers take their
     step in the backward pass, see `clagrange.replicas.stepping_in_backward`; perceptrons whose activations nobody
-    looks at are trained without a graph, see `clagrange.optim.perceptron_sgd`. On a GPU the steps of a task are
-    captured and replayed where nothing forbids it, see `clagrange.study.capture`.
+    looks at are trained without a graph, see `clagrange.optim.perceptron_sgd`. On a GPU a step of each task is
+    captured and replayed, as far as it is the same each time; see `clagrange.study.capture`.
 
     A replica whose loss is not finite has diverged. It is frozen: its weights go back to the initial ones and
     stay there, its accuracy counts as 0, and of all else it has no number from that task on. The others do not
@@ -142,7 +142,7 @@ class Run(Resumable):
         self.samples_weights = method.samples_weights
         self.optimizer = method.optimizer(self.network)
         graphs = graphs_of(self.device)
-        self._replay = None if graphs is None or self.samples_weights else StepReplay(self.optimizer, graphs)
+        self._replay = None if graphs is None else StepReplay(self.network, self.optimizer, graphs)
         self.interventions: list[Intervention] = method.interventions(seeds)
         self._rates_in_backward: dict[Tensor, Number] = {}
         self._perceptron: PerceptronSGD | None = None
@@ -236,10 +236,7 @@ class Run(Resumable):
     def _step(self, inputs: Tensor, targets: Tensor) -> None:
         """One training step; what was predicted before it waits to be counted."""
         before = self._logits_at_mean(inputs) if self.samples_weights or self._follows_samples else None
-        if self._replay is None:
-            logits, losses = self._train(inputs, targets)
-        else:
-            logits, losses = self._replay(self._train, inputs, targets)
+        logits, losses = self._train(inputs, targets)
         if self._any_diverged:
             self._freeze()
         if self._follows_samples and before is not None:
@@ -255,25 +252,36 @@ class Run(Resumable):
 
     def _train(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the optimizer and what interventions do about it: logits and losses before it."""
-        step: Callable[[], object] = self.optimizer.step
-        if self._perceptron is None:
-            self.optimizer.zero_grad()
-            logits = _masked(self.network(inputs), self._left_out)
-            losses = self.loss(logits, targets, reduction="none")
-            with stepping_in_backward(self._rates_in_backward):
-                losses.backward(torch.full_like(losses, 1.0 / losses.shape[1]))  # of the sum of the mean losses
-            logits, losses = logits.detach(), losses.detach()
+        if self._replay is None:
+            logits, losses = self._passes(inputs, targets)
+            self._update(losses)
         else:
-            logits = _masked(self._perceptron.outputs(inputs), self._left_out)
-            losses, gradient = LOSS_GRADIENTS[self.streams[0].loss](logits, targets)
-            step = functools.partial(self._perceptron.step, gradient.div_(losses.shape[1]))
-        for intervention in self.interventions:
-            intervention.loss_known(self.network, losses.mean(1))
-            intervention.gradient_known(self.network, self.optimizer)
-        step()
+            logits, losses = self._replay(self._passes, self._update, inputs, targets)
         for intervention in self.interventions:
             intervention.step_taken(self.network, self.optimizer)
         return logits, losses
+
+    def _passes(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward pass, in which plain SGD takes its step: logits and losses before it."""
+        if self._perceptron is not None:
+            logits = _masked(self._perceptron.outputs(inputs), self._left_out)
+            losses, gradient = LOSS_GRADIENTS[self.streams[0].loss](logits, targets)
+            self._perceptron.step(gradient.div_(losses.shape[1]))
+            return logits, losses
+        self.optimizer.zero_grad()
+        logits = _masked(self.network(inputs), self._left_out)
+        losses = self.loss(logits, targets, reduction="none")
+        with stepping_in_backward(self._rates_in_backward):
+            losses.backward(torch.full_like(losses, 1.0 / losses.shape[1]))  # of the sum of the mean losses
+        return logits.detach(), losses.detach()
+
+    def _update(self, losses: Tensor) -> None:
+        """What follows the passes: interventions hear of losses and gradients, the optimizer steps."""
+        for intervention in self.interventions:
+            intervention.loss_known(self.network, losses.mean(1))
+            intervention.gradient_known(self.network, self.optimizer)
+        if self._perceptron is None:
+            self.optimizer.step()
 
     def _prepare_steps(self) -> None:
         """Make ready for the steps of the next task."""

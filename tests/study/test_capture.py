@@ -3,7 +3,8 @@
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,45 +16,45 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import clagrange
-from clagrange import interventions
-from clagrange.gaussian import Diagonal
+from clagrange import gaussianize, interventions
+from clagrange.gaussian import Diagonal, Kronecker, Structure, curvature, set_sampling
+from clagrange.interventions import Intervention
 from clagrange.optim import EulerLagrange, StackedAdam, StackedMuon
+from clagrange.replicas import generators_from_seeds
 from clagrange.study import capture, engine
-from clagrange.study.capture import ORDINARY, CUDAGraphs, StepReplay, graphs_of, may_capture
+from clagrange.study.capture import ORDINARY, CUDAGraphs, StepReplay, graphs_of, passes_replay, update_replays
 from clagrange.study.engine import Run
-from clagrange.study.methods import METHODS
+from clagrange.study.methods import METHODS, Method
 from clagrange.study.side_by_side import stacked
 from clagrange.tasks import PermutedDigits, RotatedMNIST, SlowlyChangingRegression, SplitClasses, TaskStream
 
-CAPTURED = {
-    "adam",
-    "adam_l2",
-    "crelu",
-    "euler_lagrange",
-    "euler_lagrange_injection",
-    "fresh_network",
-    "head_reset",
-    "last_layer_reset",
-    "layer_norm",
-    "muon",
-    "sgd",
+ORDINARY_UPDATES = {
+    "euler_lagrange_kronecker",
+    "euler_lagrange_kronecker_injection",
+    "soap",
+    "upgd",
 }
+"""Methods of which the passes alone are captured."""
 WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
 
 
 class Recorder(TorchDispatchMode):
     """What a CUDA graph keeps: operations, with the memory and the plain numbers that they were called with."""
 
-    def __init__(self) -> None:
+    def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self._before: list[tuple[Tensor, Tensor]] = []
+        self._streams = [(generator, generator.get_state()) for generator in generators]
+        self._registered = {generator._cdata for generator, _ in self._streams}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.overloadpacket in WAITS:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}\nand more")
+        drawn_from = kwargs.get("generator")
+        if drawn_from is not None and drawn_from._cdata not in self._registered:
+            raise RuntimeError(f"a generator that was not registered is used during capture: {func}")
         named = {argument.name: argument for argument in func._schema.arguments}
         for name, value in [*zip(named, args, strict=False), *kwargs.items()]:
             written = named[name].alias_info is not None and named[name].alias_info.is_write
@@ -67,6 +68,8 @@ class Recorder(TorchDispatchMode):
         """A capture makes nothing happen."""
         for tensor, value in reversed(self._before):
             tensor.copy_(value)
+        for generator, state in self._streams:
+            generator.set_state(state)
 
     def replay(self) -> None:
         for func, args, kwargs, made in self.calls:
@@ -84,8 +87,10 @@ class Graphs:
     def aside(self, step: Callable[..., Any], *given: Tensor) -> Any:
         return step(*given)
 
-    def record(self, step: Callable[..., Any], *given: Tensor) -> tuple[Callable[[], None], Any]:
-        recorder = Recorder()
+    def record(
+        self, step: Callable[..., Any], generators: Iterable[torch.Generator], *given: Tensor
+    ) -> tuple[Callable[[], None], Any]:
+        recorder = Recorder(generators)
         try:
             with recorder:
                 made = step(*given)
@@ -105,6 +110,7 @@ class Graphs:
 def on_graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graphs]:
     monkeypatch.setattr(engine, "graphs_of", lambda device: Graphs())
     monkeypatch.setattr(capture, "WORTHWHILE", 5)
+    monkeypatch.setattr(curvature, "_looking_is_free", lambda tensor: False)
     monkeypatch.setattr(Graphs, "replays", 0)
     return Graphs
 
@@ -116,8 +122,9 @@ def finished(method: Any, streams: list[Any], network: Any = (8, 6), **settings:
     return run
 
 
-def streams(tasks: int = 3) -> list[PermutedDigits]:
-    return [PermutedDigits(tasks=tasks, examples=80, batch_size=8, seed=seed) for seed in (3, 8)]
+def streams(tasks: int = 3, examples: int = 80, batch_size: int = 8) -> list[PermutedDigits]:
+    shape = {"tasks": tasks, "examples": examples, "batch_size": batch_size}
+    return [PermutedDigits(**shape, seed=seed) for seed in (3, 8)]
 
 
 def assert_same(run: Run, other: Run) -> None:
@@ -131,10 +138,10 @@ def assert_same(run: Run, other: Run) -> None:
 def test_replayed_steps_are_ordinary_steps(
     name: str, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And methods that a replay would get wrong are not captured."""
+    """Of all methods, but that of a package that draws from torch's global stream."""
     replayed = finished(METHODS[name](), streams())
-    steps = 3 * (10 - ORDINARY)
-    assert on_graphs.replays == (steps if name in CAPTURED else 0)
+    assert on_graphs.replays == (0 if name == "ivon" else 3 * (10 - ORDINARY))
+    assert update_replays(replayed.optimizer, replayed.interventions) is (name not in {"ivon", *ORDINARY_UPDATES})
     monkeypatch.setattr(engine, "graphs_of", lambda device: None)
     assert_same(replayed, finished(METHODS[name](), streams()))
 
@@ -202,7 +209,7 @@ def test_where_the_capture_fails_steps_are_ordinary_ones_and_one_warning_says_so
 
 def test_a_step_that_waits_fails_to_be_captured() -> None:
     with pytest.raises(RuntimeError, match="dense"):
-        Graphs().record(lambda inputs, targets: (targets + float(inputs[0]),), torch.ones(2), torch.ones(2))
+        Graphs().record(lambda inputs, targets: (targets + float(inputs[0]),), [], torch.ones(2), torch.ones(2))
 
 
 def test_short_tasks_are_not_captured(on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,57 +232,252 @@ def test_nothing_outlives_its_task(on_graphs: type[Graphs]) -> None:
         gc.enable()
 
 
+@dataclass(frozen=True)
+class With(Method):
+    """A base optimizer, or the Euler-Lagrange flow with some precision, beside any interventions."""
+
+    source = "a test"
+    base: str | Structure
+    acting: Callable[[Any], list[Intervention]] = lambda seeds: []
+
+    @property
+    def samples_weights(self) -> bool:  # type: ignore[override]
+        return isinstance(self.base, Structure) and self.base.sampling != "mean"
+
+    def prepare(self, network: nn.Module, seeds: Any) -> None:
+        if isinstance(self.base, Structure):
+            gaussianize(network, self.base)
+            if self.samples_weights:
+                set_sampling(
+                    network, self.base.sampling, generators_from_seeds(seeds), antithetic=self.base.antithetic
+                )
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        if isinstance(self.base, Structure):
+            return EulerLagrange(network, lr=1e-2, temperature=1e-3)
+        return METHODS[self.base]().optimizer(network)
+
+    def interventions(self, seeds: Any) -> list[Intervention]:
+        return self.acting(seeds)
+
+
+def shown_twice(method: Method, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[int, int, Run]:
+    """Replays, captured updates, and the run; which is the same without replays."""
+    updates: list[int] = []
+    update = Run._update
+    monkeypatch.setattr(Run, "_update", lambda self, losses: (updates.append(1), update(self, losses))[1])
+    Graphs.replays = 0
+    replayed = finished(method, streams(**settings))
+    replays, made = Graphs.replays, len(updates)
+    with monkeypatch.context() as without:
+        without.setattr(engine, "graphs_of", lambda device: None)
+        assert_same(replayed, finished(method, streams(**settings)))
+    return replays, made, replayed
+
+
+WHOLE = {
+    "hare and tortoise": lambda seeds: [interventions.HareAndTortoise(0.9, every=4)],
+    "shrink and perturb": lambda seeds: [interventions.ShrinkAndPerturb(0.1, 0.01, every=2, seed=seeds)],
+    "last layer": lambda seeds: [interventions.LastLayerReset(every=3, seed=seeds)],
+    "normalize": lambda seeds: [interventions.NormalizeAndProject(every=2)],
+    "w0 of switches": lambda seeds: [interventions.L2Init(0.1, resample="switch", seed=seeds)],
+    "units": lambda seeds: [interventions.ContinualBackprop(0.1, maturity=2, seed=seeds)],
+    "units by gradients": lambda seeds: [interventions.ReDo(0.9, every=4, score="gradient", seed=seeds)],
+    "units a little": lambda seeds: [interventions.GradedContinualBackprop(0.5, every=3, seed=seeds)],
+    "weights a little": lambda seeds: [interventions.SoftReset(scope="weight")],
+    "spectrum": lambda seeds: [interventions.SpectralRegularization(0.1, seed=seeds)],
+    "inputs": lambda seeds: [interventions.InputNormalization()],
+    "several": lambda seeds: [
+        interventions.L2Init(0.1),
+        interventions.ContinualBackprop(0.1, maturity=2, utility="adaptable_contribution", seed=seeds),
+        interventions.SelfNormalizedResets(0.2, longest=5, seed=seeds),
+        interventions.InputNormalization(),
+    ],
+}
+APART = {
+    "w0 of steps": lambda seeds: [interventions.RegenerativeL1(0.1, resample="step", seed=seeds)],
+    "a window of gradients": lambda seeds: [
+        interventions.ReDo(0.9, every=4, score="gradient", window=2, seed=seeds)
+    ],
+    "jumps of the loss": lambda seeds: [
+        interventions.FullReset(detector=interventions.CUSUM(threshold=0.1, warm_up=3), seed=seeds)
+    ],
+    "jumps of the energy": lambda seeds: [
+        interventions.FullReset(detector=interventions.EnergyJump(threshold=0.1, warm_up=3), seed=seeds)
+    ],
+}
+GAUSSIAN = {
+    "consolidated": lambda seeds: [interventions.Consolidation(every=8)],
+    "injected in parts": lambda seeds: [interventions.VarianceInjection(0.5, over=5, seed=seeds)],
+    "to the equilibrium": lambda seeds: [interventions.VarianceInjection(0.5, equilibrium=5, seed=seeds)],
+}
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_acts_between_steps(
+    name: str, base: str, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replays, updates, _ = shown_twice(With(base, WHOLE[name]), monkeypatch)
+    assert replays == 3 * (10 - ORDINARY)
+    assert updates == 3 * (ORDINARY + 1)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+@pytest.mark.parametrize("name", APART)
+def test_what_acts_before_steps(
+    name: str, base: str, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replays, updates, _ = shown_twice(With(base, APART[name]), monkeypatch)
+    assert replays == 3 * (10 - ORDINARY)
+    assert updates == 3 * 10
+
+
+@pytest.mark.parametrize("name", GAUSSIAN)
+def test_what_acts_on_gaussian_weights(
+    name: str, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may replace memory that is captured, which is then captured again."""
+    replays, _, _ = shown_twice(With(Diagonal(), GAUSSIAN[name]), monkeypatch, examples=160)
+    assert replays >= 20
+
+
+@pytest.mark.parametrize(
+    ("precision", "updates"),
+    [
+        (Diagonal("per_example"), 4),
+        (Diagonal(sampling="batch"), 4),
+        (Diagonal("sampled", sampling="example"), 4),
+        (Diagonal("sampled", sampling="batch", antithetic=True), None),
+        (Kronecker(sampling="batch"), None),
+        (Kronecker(observe_every=3), 10),
+    ],
+    ids=str,
+)
+def test_curvature_and_draws(
+    precision: Structure, updates: int | None, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replays, made, _ = shown_twice(With(precision), monkeypatch)
+    assert replays == (0 if updates is None else 3 * (10 - ORDINARY))
+    assert made == 3 * (updates or 10)
+
+
+@pytest.mark.parametrize("precision", [Diagonal("per_example"), Diagonal("sampled", sampling="batch")], ids=str)
+def test_what_was_observed_waits_for_an_ordinary_update(
+    precision: Structure, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acting(seeds: Any) -> list[Intervention]:
+        return [interventions.VarianceInjection(0.5, detector=interventions.CUSUM(), seed=seeds)]
+
+    replays, updates, _ = shown_twice(With(precision, acting), monkeypatch)
+    assert replays == 3 * (10 - ORDINARY)
+    assert updates == 3 * 10
+
+
+def test_steps_that_observe_and_steps_that_do_not(
+    on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches with more examples than a layer has inputs make factors, in some steps."""
+    kinds: list[int] = []
+    record = Graphs.record
+    monkeypatch.setattr(Graphs, "record", lambda *given: (kinds.append(1), record(*given))[1])
+    replays, _, _ = shown_twice(
+        With(Kronecker(observe_every=3)), monkeypatch, tasks=2, examples=1000, batch_size=100
+    )
+    assert replays == 2 * (10 - ORDINARY)
+    assert len(kinds) == 2 * 2
+
+
+def test_surprise_of_what_the_network_saw(on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    def acting(seeds: Any) -> list[Intervention]:
+        detector = interventions.PredictiveSurprise(threshold=0.1, warm_up=3, samples=2, seed=seeds)
+        return [interventions.VarianceInjection(0.5, detector=detector, seed=seeds)]
+
+    replays, updates, _ = shown_twice(With(Diagonal(), acting), monkeypatch)
+    assert replays == 3 * (10 - ORDINARY)
+    assert updates == 3 * 10
+
+
+class Halving(Intervention):
+    """Halves a learning rate after some step, or replaces a parameter's memory there."""
+
+    def __init__(self, at: int, what: str) -> None:
+        super().__init__()
+        self.state["left"] = at
+        self.what = what
+
+    def on_step(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.state["left"] -= 1
+        if self.state["left"] == 0 and self.what == "setting":
+            optimizer.param_groups[0]["lr"] *= 0.5
+        elif self.state["left"] == 0:
+            state = optimizer.state[next(network.parameters())]
+            state["exp_avg"] = 0.5 * state["exp_avg"]
+
+
+@pytest.mark.parametrize("what", ["setting", "memory"])
+def test_what_was_captured_and_is_replaced_is_noticed(
+    what: str, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some more ordinary steps the next one is captured."""
+    replays, _, _ = shown_twice(With("adam", lambda seeds: [Halving(6, what)]), monkeypatch, examples=160)
+    assert replays == 3 * (20 - ORDINARY) - capture.WORTHWHILE
+
+
+def test_hooks_that_nobody_knows(on_graphs: type[Graphs]) -> None:
+    class Watching(Intervention):
+        def on_start(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            super().on_start(network, optimizer)
+            self._handles.append(network.register_forward_hook(lambda *_: None))
+
+    finished(With("adam", lambda seeds: [Watching()]), streams())
+    assert on_graphs.replays == 0
+    network = nn.Linear(2, 1)
+    assert passes_replay(network, [])
+    network.register_full_backward_hook(lambda *_: None)
+    assert not passes_replay(network, [])
+
+
+def test_settings_of_interventions_go_to_the_device(
+    on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture cannot copy them from the host."""
+    monkeypatch.setattr(Graphs, "device", torch.device("meta"))
+    network = nn.Linear(2, 1)
+    optimizer, l2 = StackedAdam(network.parameters(), lr=torch.ones(2)), interventions.L2Init(torch.ones(2))
+    StepReplay(network, optimizer, Graphs()).begin([l2], 100)  # type: ignore[arg-type]
+    assert l2.strength.device.type == optimizer.param_groups[0]["lr"].device.type == "meta"
+
+
 def test_an_optimizer_of_torch_hears_of_the_capture(on_graphs: type[Graphs]) -> None:
     """It refuses otherwise, and complains if it is told so outside of one."""
-    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(2))], fused=True)
+    network = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
     told: list[bool] = []
 
-    def step(inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        told.append(optimizer.param_groups[0]["capturable"])
-        return (inputs + targets,)
+    def passes(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs + targets, inputs
 
-    replay = StepReplay(optimizer, Graphs())  # type: ignore[arg-type]
+    replay = StepReplay(network, optimizer, Graphs())  # type: ignore[arg-type]
     replay.begin([], ORDINARY + 3)
     for number in range(ORDINARY + 3):
-        assert replay(step, torch.full((2,), number), torch.ones(2))[0].tolist() == [number + 1.0] * 2
+        made, _ = replay(
+            passes,
+            lambda _: told.append(optimizer.param_groups[0]["capturable"]),
+            torch.full((2,), number),
+            torch.ones(2),
+        )
+        assert made.tolist() == [number + 1.0] * 2
     assert told == [False] * ORDINARY + [True]
     assert not optimizer.param_groups[0]["capturable"]
 
 
-@pytest.mark.parametrize(
-    ("precision", "may"),
-    [
-        ("diagonal", True),
-        ("kronecker", False),
-        (Diagonal(sampling="batch"), False),
-        (Diagonal("per_example"), False),
-    ],
-)
-def test_which_gaussian_weights_may_be_captured(precision: Any, may: bool) -> None:
-    net = clagrange.gaussianize(nn.Linear(3, 2), precision=precision)
-    assert may_capture(EulerLagrange(net), []) is may
-
-
-def test_which_optimizers_and_interventions_may_be_captured() -> None:
+def test_which_optimizers_step_the_same_each_time() -> None:
     weight = nn.Parameter(torch.zeros(2))
     fused, plain = (torch.optim.Adam([weight], fused=fused) for fused in (True, False))
-    assert may_capture(fused, [])
-    assert not may_capture(plain, [])
-    assert not may_capture(torch.optim.RMSprop([weight]), [])
-    for intervention, may in (
-        (interventions.FullReset(), True),
-        (interventions.FullReset(detector=interventions.CUSUM()), False),
-        (interventions.LastLayerReset(), True),
-        (interventions.LastLayerReset(every=3), False),
-        (interventions.Consolidation(), True),
-        (interventions.Consolidation(every=3), False),
-        (interventions.ShrinkAndPerturb(every="switch"), True),
-        (interventions.ShrinkAndPerturb(every=3), False),
-        (interventions.VarianceInjection(), True),
-        (interventions.VarianceInjection(over=3), False),
-        (interventions.L2Init(), False),
-    ):
-        assert may_capture(fused, [intervention]) is may, intervention
+    assert update_replays(fused, [])
+    assert not update_replays(plain, [])
+    assert not update_replays(torch.optim.RMSprop([weight]), [])
 
 
 @pytest.mark.parametrize("kind", [StackedAdam, StackedMuon])
@@ -303,6 +505,9 @@ def test_the_order_of_streams_and_capture(monkeypatch: pytest.MonkeyPatch) -> No
             asked.append(f"{self.name} waits for {other.name}")
 
     class Graph:
+        def register_generator_state(self, generator: torch.Generator) -> None:
+            asked.append("registered")
+
         def replay(self) -> None:
             asked.append("replay")
 
@@ -336,8 +541,7 @@ def test_the_order_of_streams_and_capture(monkeypatch: pytest.MonkeyPatch) -> No
         "end of cuda:1",
     ]
     asked.clear()
-    replay, _ = graphs.record(step, torch.ones(1), torch.ones(1))
-    assert asked[2:4] == ["capture on own", "step"]
-    assert asked[:2] == ["cuda:1", "stream main"]
+    replay, _ = graphs.record(step, [torch.Generator()], torch.ones(1), torch.ones(1))
+    assert asked[:5] == ["registered", "cuda:1", "stream main", "capture on own", "step"]
     replay()
     assert asked[-1] == "replay"

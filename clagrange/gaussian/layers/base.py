@@ -125,6 +125,8 @@ class GaussianLayer(nn.Module, ABC):
 
     Attributes:
         pairs: the weights and the bias that belongs to each, or None.
+        gathers: names of the attributes that a backward pass leaves for the optimizer, beside its observers'; see
+            `clagrange.interventions.hooked.Hooked`.
         one_hot: whether inputs are one-hot.
         by_default: whether `gaussianize` makes such layers Gaussian without being asked for them by name or type.
         stackable: whether `clagrange.replicas.stack` may give its tensors a replica dimension.
@@ -135,6 +137,7 @@ class GaussianLayer(nn.Module, ABC):
     """
 
     pairs: ClassVar[tuple[tuple[str, str | None], ...]] = (("weight", "bias"),)
+    gathers: ClassVar[tuple[str, ...]] = ("examples", "positions", "_backward", "_before")
     one_hot: ClassVar[bool] = False
     by_default: ClassVar[bool] = True
     stackable: ClassVar[bool] = False
@@ -407,6 +410,10 @@ class GaussianLayer(nn.Module, ABC):
     def observation_of(self, name: str) -> Observer | None:
         """The observer of the block whose first mean is called ``name``, None where there is none."""
         return self._observers.get(name)
+
+    def observers(self) -> Iterator[Observer]:
+        """What observes the curvature of the layer's parameters."""
+        yield from self._observers.values()
 
     def clear_examples(self) -> None:
         """Forget what was counted and observed, once the gradients have been used."""
