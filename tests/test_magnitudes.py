@@ -46,6 +46,64 @@ def test_the_compiled_sums_are_the_same_for_all_sizes(monkeypatch: pytest.Monkey
     assert _compilation.may_compile()
 
 
+def steps(weight: Tensor, wanted: bool) -> list[Tensor]:
+    """Whatever a step makes of a weight; the same step for the same shape."""
+    generator = torch.Generator().manual_seed(0)
+    replicas, rows, columns = weight.shape
+    column, row, left = (
+        torch.randn(replicas, *size, generator=generator, dtype=weight.dtype)
+        for size in ((rows, 1), (1, columns), (1, rows))
+    )
+    product = add_outer_product(weight, column, row, left if wanted else None)
+    assert (product is not None) == wanted
+    return [weight, *(sums_of_magnitudes(weight, dim) for dim in (-1, -2)), *([product] if wanted else [])]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_the_compiled_step_is_the_same_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART", 12)
+    torch._dynamo.reset()
+    compiled: list[Tensor] = []
+    by_compiler = module._add_by_compiler
+    monkeypatch.setattr(
+        module, "_add_by_compiler", lambda weight, *rest: compiled.append(weight) or by_compiler(weight, *rest)
+    )
+    for shape in ((1, 64, 50), (2, 67, 31), (3, 20, 128), (1, 128, 64)):
+        for wanted in (True, False):
+            weight = torch.randn(shape, dtype=torch.float64)
+            made = []
+            for large in (12, 1 << 30):
+                monkeypatch.setattr(module, "_LARGE", large)
+                own = weight.clone()
+                follow_sums(own, -1)
+                follow_sums(own, -2)
+                made.append(steps(own, wanted))
+            for one, other in zip(*made, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert len(compiled) == 8
+    assert _compilation.may_compile()
+
+
+def test_without_a_compiler_the_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(module, "_compiled", broken)
+    monkeypatch.setattr(module, "_LARGE", 12)
+    monkeypatch.setattr(module, "PART", 12)
+    monkeypatch.setattr(_compilation, "_failure", "")
+    weight = torch.randn(2, 20, 30)
+    followed = weight.clone()
+    follow_sums(followed, -1)
+    with pytest.warns(RuntimeWarning, match="a tenth more time") as seen:
+        made = steps(followed, True)
+    steps(followed, True)  # no second warning
+    assert len(seen) == 1
+    for one, other in zip(made[1:], steps(weight, True)[1:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The passes that are made for sums alone; weights of more than 12 numbers step in parts."""
