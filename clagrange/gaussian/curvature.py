@@ -23,7 +23,7 @@ from torch import Tensor
 from clagrange._checks import per_replica
 from clagrange.distributed import everywhere, gathered, mean_over_processes, process_count
 from clagrange.gaussian.kronecker import Factors, KroneckerPrecision, LowRank
-from clagrange.gaussian.precision import DiagonalPrecision
+from clagrange.gaussian.precision import DiagonalPrecision, looking_is_free
 
 
 class Observer(ABC):
@@ -364,7 +364,7 @@ def _proportion(changed: Tensor, seen: Tensor, stacked: bool) -> tuple[Tensor, T
     changed, seen = changed.flatten(int(stacked)), seen.flatten(int(stacked))
     c, error = _fit(changed, seen)
     multiplied = error <= 0.1
-    if _looking_is_free(changed) and bool(multiplied.all()):
+    if looking_is_free(changed) and bool(multiplied.all()):
         return c, error
     known = torch.where(changed == 0, 0.0, seen)
     c_known, error_known = _fit(changed, known)
@@ -372,11 +372,6 @@ def _proportion(changed: Tensor, seen: Tensor, stacked: bool) -> tuple[Tensor, T
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, math.nan).nanmedian(-1).values
     ratio = torch.where((ratio < 0.25) | (ratio > 4.0), ratio, 1.0)
     return torch.where(multiplied, c, torch.where(error_known <= 0.1, c_known, ratio)), error
-
-
-def _looking_is_free(tensor: Tensor) -> bool:
-    """Whether the host need not wait for a tensor's numbers."""
-    return tensor.device.type == "cpu"
 
 
 def _fit(changed: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from clagrange.gaussian.factors import (
     merged_product,
     right_product,
 )
-from clagrange.gaussian.precision import Precision, Product
+from clagrange.gaussian.precision import Precision, Product, looking_is_free
 
 _EXAMPLES = 16
 """Examples of a batch for which the factors are observed once, by default."""
@@ -186,6 +186,18 @@ class KroneckerPrecision(Precision):
         """Whether the factors of the next step are wanted."""
         return self._since_observation + 1 >= self._interval
 
+    @property
+    def replay_key(self) -> Hashable:
+        """After how many steps the factors are observed, 0 where they are not. None in steps that invert them."""
+        if looking_is_free(self.inputs) or any(self._refreshes()):
+            return None
+        return self._since_observation + 1 if self.observes else 0
+
+    def step_replayed(self) -> None:
+        """Count on, as `relax` and `step` do elsewhere than on a CPU."""
+        self._since_observation = 0 if self.observes else self._since_observation + 1
+        self._age = [age + 1 for age in self._age]
+
     def observe(self, curvature: Factors | LowRank | None, decay: Number = 0.0) -> None:
         """Note the factors of a batch, or its rows, for `relax` and `displacement`.
 
@@ -198,7 +210,7 @@ class KroneckerPrecision(Precision):
 
         An observation that is not finite changes neither factor (in that replica).
         """
-        self.temperature.copy_(torch.as_tensor(per_replica(temperature, self.temperature), dtype=torch.float64))
+        self._note_temperature(temperature)
         seen, wanted = self._seen, self.observes
         self._seen = None
         self._rows = seen if isinstance(seen, LowRank) else None
@@ -223,7 +235,8 @@ class KroneckerPrecision(Precision):
                 self._add_rows(factor, rows, per_replica(share, factor))
             else:
                 rows = None
-                weight = torch.as_tensor(per_replica(share, factor), dtype=factor.dtype, device=factor.device)
+                weight = per_replica(share, factor)
+                weight = weight.to(factor) if isinstance(weight, Tensor) else weight
                 factor.lerp_(getattr(seen, side).to(factor.dtype), weight)
             self._follow(side, rows, share, count, due)
         if self._followed:
@@ -233,6 +246,13 @@ class KroneckerPrecision(Precision):
             self._damped = [left * (1.0 - part) for left, part in zip(self._damped, lost, strict=True)]
         if seen is not shown:
             self._followed = {}  # a step by what is not finite is not to look finite
+
+    def _note_temperature(self, temperature: Number) -> None:
+        value = per_replica(temperature, self.temperature)
+        if isinstance(value, Tensor):
+            self.temperature.copy_(value)
+        else:
+            self.temperature.fill_(value)
 
     def _usable(self, seen: Factors | LowRank, share: Number) -> tuple[Factors | LowRank, Number]:
         """What was seen and its share, both 0 where a factor of it is not finite.
@@ -248,7 +268,7 @@ class KroneckerPrecision(Precision):
                 for factor, alone in zip((seen.outputs, seen.inputs), self.diagonal_sides, strict=True)
             ]
         usable = torch.stack([diagonal.flatten(first).isfinite().all(-1) for diagonal in diagonals]).all(0)
-        if self.inputs.device.type == "cpu":  # elsewhere to look would be to wait
+        if looking_is_free(self.inputs):
             if bool(usable.all()):
                 return seen, share
             if not bool(usable.any()):
@@ -257,7 +277,7 @@ class KroneckerPrecision(Precision):
         def emptied(part: Tensor) -> Tensor:
             return torch.where(usable.view(*usable.shape, *[1] * (part.dim() - usable.dim())), part, 0.0)
 
-        share = usable * torch.as_tensor(share, dtype=self.inputs.dtype, device=usable.device)
+        share = (usable.to(self.inputs.dtype) * share).to(self.inputs.dtype)
         if isinstance(seen, LowRank):
             return seen._replace(d=emptied(seen.d), x=emptied(seen.x)), share
         return seen._replace(outputs=emptied(seen.outputs), inputs=emptied(seen.inputs)), share
@@ -285,7 +305,7 @@ class KroneckerPrecision(Precision):
         factor, solver = getattr(self, side), getattr(self, f"{side[:-1]}_solver")
         diagonal = self._diagonal(side)
         direct = diagonal or factor.shape[-1] <= min(count, _SMALL)
-        here = factor.device.type == "cpu" and self.damping == "factored" and not self.consolidated
+        here = looking_is_free(factor) and self.damping == "factored" and not self.consolidated
         if not here or (rows is None and not direct):
             self._current = False
         elif due:
@@ -418,7 +438,7 @@ class KroneckerPrecision(Precision):
             for factor in (self.outputs, self.inputs)
             if factor.dim() == self.prior_precision.dim()
         ]
-        return self.inputs.device.type == "cpu" and any(count < size for size in sides)
+        return looking_is_free(self.inputs) and any(count < size for size in sides)
 
     def _solved(self, rows: LowRank) -> tuple[Tensor, Tensor, float] | None:
         """d G̃⁻¹, x Ã⁻¹ and the share with which they make the step, where that is the cheaper way to it."""
@@ -518,7 +538,7 @@ class KroneckerPrecision(Precision):
         """G ← G/relaxed and A ← A/relaxed: S is always at the equilibrium of its factors."""
         for factor in (self.outputs, self.inputs):
             factor.div_(per_replica(relaxed, factor))
-        self.temperature.copy_(torch.as_tensor(per_replica(temperature, self.temperature), dtype=torch.float64))
+        self._note_temperature(temperature)
         self._due = True
 
     def _fade(self, factor: Tensor, side: str, mask: Tensor, fraction: Number) -> None:

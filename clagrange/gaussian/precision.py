@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,11 @@ from clagrange._checks import (
 )
 from clagrange.dynamics import mean_displacement, ornstein_uhlenbeck, relaxed_precision
 from clagrange.replicas import Generators, randn_like
+
+
+def looking_is_free(tensor: Tensor) -> bool:
+    """Whether the host need not wait for a tensor's numbers, as it must for those on a GPU."""
+    return tensor.device.type == "cpu"
 
 
 class Product(NamedTuple):
@@ -124,6 +129,17 @@ class Precision(nn.Module, ABC):
         prior_pull: Number = 1.0,
     ) -> Tensor | Product:
         """The step of the mean along the covariance, by the stable root; a `Product` where it is of low rank."""
+
+    @property
+    def replay_key(self) -> Hashable:
+        """What the host decides in the next `observe`, `relax` and `step`; where it is equal they do the same.
+
+        None where a CUDA graph cannot replay them, or that is not known.
+        """
+        return None
+
+    def step_replayed(self) -> None:
+        """Hear that a step was replayed, and count it where steps are counted."""
 
     def displacement(self, mean: Tensor, gradient: Tensor, **settings: Number) -> Tensor:
         """`step`, which takes the same settings, multiplied out."""
@@ -397,6 +413,11 @@ class DiagonalPrecision(Precision):
     def shape(self) -> torch.Size:
         """The shape of the mean."""
         return self.precision.shape
+
+    @property
+    def replay_key(self) -> Hashable:
+        """Every step is the same."""
+        return ()
 
     def observe(self, curvature: Tensor, decay: Number) -> None:
         """h ← max(decay·h + (1 − decay)·ĥ, 0).

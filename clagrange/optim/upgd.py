@@ -129,12 +129,15 @@ class UPGD(CheckedOptimizer):
             state["utility"] = torch.zeros_like(
                 parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)
             )
+        if parameter.is_cuda:  # made above or loaded, it may be elsewhere
+            state["step"] = state["step"].to(parameter.device)
         state["step"] += 1
         utility = state["utility"]
         decay = per_replica(group["decay"], utility)
         saliency = _gradient(parameter, group).to(utility.dtype) * parameter
         utility.mul_(decay).sub_((1.0 - decay) * saliency)
-        corrected: Tensor = utility / (1.0 - decay ** float(state["step"]))
+        count = state["step"].double()  # not a number of Python's, for which a GPU would be waited for
+        corrected: Tensor = utility / (1.0 - decay**count)
         return corrected
 
     def _update(self, parameter: Tensor, useful: Tensor, group: dict[str, Any]) -> None:
@@ -150,6 +153,11 @@ class UPGD(CheckedOptimizer):
         parameter.mul_(1.0 - lr * weight_decay).sub_(lr * step)
 
     # -------------------------------------------------------------------------------------- random streams
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The random streams, one for each replica; none before the first step."""
+        return [] if self._generators is None else _listed(self._generators)
+
     def _stacked(self) -> bool:
         return not isinstance(self._seed, int) or any(is_stacked(group) for group in self.param_groups)
 

@@ -5,18 +5,18 @@ import copy
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clagrange.gaussian import DiagonalPrecision, GaussianLayer, owner_of
+from clagrange.gaussian import DiagonalPrecision, GaussianLayer, Precision
 from clagrange.gaussian.sampling import WeightSampler
 from clagrange.interventions import Intervention
 from clagrange.interventions.hooked import Hooked
-from clagrange.optim import BGD, MESU, EulerLagrange, StackedAdam, StackedMuon, StackedSGD
+from clagrange.optim import BGD, MESU, UPGD, EulerLagrange, StackedAdam, StackedMuon, StackedSGD
 
 ORDINARY = 3
 """Steps before a capture: they make the optimizer's state and what libraries keep for themselves."""
@@ -24,7 +24,17 @@ ORDINARY = 3
 WORTHWHILE = 50
 """Steps of a task from which on one is captured, which takes some milliseconds: a guess until it is measured."""
 
-_REPLAYABLE = (torch.optim.SGD, torch.optim.Adam, StackedSGD, StackedAdam, StackedMuon, EulerLagrange, BGD, MESU)
+_REPLAYABLE = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    StackedSGD,
+    StackedAdam,
+    StackedMuon,
+    UPGD,
+    EulerLagrange,
+    BGD,
+    MESU,
+)
 """Optimizers of which a step can be the same operations on the same memory each time."""
 
 Passes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -56,9 +66,9 @@ def passes_replay(network: nn.Module, interventions: Sequence[Intervention]) -> 
 def update_replays(optimizer: Optimizer, interventions: Sequence[Intervention]) -> bool:
     """Whether what follows the passes, up to the step of the optimizer, is the same at every step.
 
-    That holds for SGD, Adam (torch's: the fused one), Muon and the optimizers of Gaussian weights with diagonal
-    precisions, where interventions that look at losses and gradients say that they replay. Others count steps,
-    wait for numbers, or draw from random streams.
+    That holds for SGD, Adam (torch's: the fused one), Muon, UPGD and the optimizers of Gaussian weights, but for
+    steps of which a precision says otherwise (`Precision.replay_key`); and of interventions that look at losses
+    and gradients for those that say they replay. Others count steps on the host, or wait for numbers.
 
     Example:
         >>> update_replays(torch.optim.SGD([torch.zeros(1)]), [])
@@ -66,12 +76,8 @@ def update_replays(optimizer: Optimizer, interventions: Sequence[Intervention]) 
     """
     if type(optimizer) not in _REPLAYABLE or not all(intervention.replays for intervention in interventions):
         return False
-    if type(optimizer) is torch.optim.Adam and not all(group["fused"] for group in optimizer.param_groups):
-        return False  # it counts its steps on the host
-    owners = (owner_of(parameter) for group in optimizer.param_groups for parameter in group["params"])
-    return all(
-        owner is None or isinstance(owner[0].precision_of(owner[1]), DiagonalPrecision) for owner in owners
-    )
+    plain = type(optimizer) is torch.optim.Adam and not all(group["fused"] for group in optimizer.param_groups)
+    return not plain  # it counts its steps on the host
 
 
 class StepReplay:
@@ -93,11 +99,12 @@ class StepReplay:
 
     _modules: list[nn.Module]
     _layers: list[GaussianLayer]
+    _precisions: list[Precision]
     _hooked: list[Hooked]
     _ordinary: int  # steps that are left before the capture
     _given: tuple[Tensor, ...]
     _replaceable: list[Any]
-    _captured: "dict[tuple[bool, ...], _Captured]"  # by what observers want
+    _captured: "dict[Hashable, _Captured]"  # by what differs from step to step
 
     def __init__(self, network: nn.Module, optimizer: Optimizer, graphs: "CUDAGraphs") -> None:
         self._network = network
@@ -120,12 +127,13 @@ class StepReplay:
             _move_tensors(vars(intervention), self._graphs.device)
         self._modules = list(self._network.modules())
         self._layers = [module for module in self._modules if isinstance(module, GaussianLayer)]
+        self._precisions = [block.precision for layer in self._layers for block in layer.blocks()]
         self._hooked = _hooked(interventions)
 
     def end(self) -> None:
         """Give back what was captured, and its memory; steps are ordinary ones until the next `begin`."""
         self._may = self._apart = False
-        self._modules, self._layers, self._hooked = [], [], []
+        self._modules, self._layers, self._precisions, self._hooked = [], [], [], []
         self._give_up(ORDINARY)
 
     def _give_up(self, ordinary: int) -> None:
@@ -148,11 +156,15 @@ class StepReplay:
         if self._ordinary > 0:
             self._ordinary -= 1
             return self._graphs.aside(step, inputs, targets)
-        # what observers look at may differ from step to step
-        variant = tuple(observer.wanted for layer in self._layers for observer in layer.observers())
-        if variant not in self._captured:
+        # what observers look at, and what precisions do, may differ from step to step
+        wanted = tuple(observer.wanted for layer in self._layers for observer in layer.observers())
+        keys = tuple(precision.replay_key for precision in self._precisions)
+        apart = self._apart or None in keys
+        variant = (wanted, apart or keys)
+        new = variant not in self._captured
+        if new:
             try:
-                self._captured[variant] = self._capture(passes if self._apart else step, inputs, targets)
+                self._captured[variant] = self._capture(passes if apart else step, inputs, targets)
             except Exception as error:  # CUDA's and torch's own are of many kinds
                 self.end()
                 self._failed = True
@@ -161,8 +173,10 @@ class StepReplay:
         for place, value in zip(self._given, (inputs, targets), strict=True):
             place.copy_(value)
         logits, losses = self._captured[variant].replay()
-        if self._apart:
+        if apart:
             update(losses)
+        for precision in self._precisions if not (apart or new) else ():  # a capture has called all on the host
+            precision.step_replayed()
         return logits.clone(), losses.clone()
 
     def _capture(self, step: Passes, inputs: Tensor, targets: Tensor) -> "_Captured":
@@ -170,6 +184,8 @@ class StepReplay:
             self._given = (inputs.clone(), targets.clone())
         samplers = filter(None, map(_sampler_of, self._layers))
         generators = [stream.generator for sampler in samplers for stream in sampler.random_streams]
+        if isinstance(self._optimizer, UPGD):
+            generators += self._optimizer.generators
         with _said_to_be_captured(self._optimizer):
             replay, made = self._graphs.record(step, generators, *self._given)
         self._replaceable = self._now()

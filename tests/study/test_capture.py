@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clagrange import gaussianize, interventions
-from clagrange.gaussian import Diagonal, Kronecker, Structure, curvature, set_sampling
+from clagrange.gaussian import Diagonal, Kronecker, Structure, curvature, kronecker, set_sampling
 from clagrange.interventions import Intervention
 from clagrange.optim import EulerLagrange, StackedAdam, StackedMuon
 from clagrange.replicas import generators_from_seeds
@@ -28,13 +28,8 @@ from clagrange.study.methods import METHODS, Method
 from clagrange.study.side_by_side import stacked
 from clagrange.tasks import PermutedDigits, RotatedMNIST, SlowlyChangingRegression, SplitClasses, TaskStream
 
-ORDINARY_UPDATES = {
-    "euler_lagrange_kronecker",
-    "euler_lagrange_kronecker_injection",
-    "soap",
-    "upgd",
-}
-"""Methods of which the passes alone are captured."""
+FROM_PACKAGES = {"ivon", "soap"}
+"""Methods with the optimizer of another package, whose steps stay ordinary ones."""
 WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
 
 
@@ -110,7 +105,8 @@ class Graphs:
 def on_graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graphs]:
     monkeypatch.setattr(engine, "graphs_of", lambda device: Graphs())
     monkeypatch.setattr(capture, "WORTHWHILE", 5)
-    monkeypatch.setattr(curvature, "_looking_is_free", lambda tensor: False)
+    for module in (curvature, kronecker):
+        monkeypatch.setattr(module, "looking_is_free", lambda tensor: False)
     monkeypatch.setattr(Graphs, "replays", 0)
     return Graphs
 
@@ -138,10 +134,10 @@ def assert_same(run: Run, other: Run) -> None:
 def test_replayed_steps_are_ordinary_steps(
     name: str, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all methods, but that of a package that draws from torch's global stream."""
+    """Of all methods but IVON, whose package draws from torch's global stream."""
     replayed = finished(METHODS[name](), streams())
     assert on_graphs.replays == (0 if name == "ivon" else 3 * (10 - ORDINARY))
-    assert update_replays(replayed.optimizer, replayed.interventions) is (name not in {"ivon", *ORDINARY_UPDATES})
+    assert update_replays(replayed.optimizer, replayed.interventions) is (name not in FROM_PACKAGES)
     monkeypatch.setattr(engine, "graphs_of", lambda device: None)
     assert_same(replayed, finished(METHODS[name](), streams()))
 
@@ -350,7 +346,6 @@ def test_what_acts_on_gaussian_weights(
         (Diagonal("sampled", sampling="example"), 4),
         (Diagonal("sampled", sampling="batch", antithetic=True), None),
         (Kronecker(sampling="batch"), None),
-        (Kronecker(observe_every=3), 10),
     ],
     ids=str,
 )
@@ -374,18 +369,35 @@ def test_what_was_observed_waits_for_an_ordinary_update(
     assert updates == 3 * 10
 
 
-def test_steps_that_observe_and_steps_that_do_not(
-    on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damping", ["factored", "exact"])
+def test_steps_that_observe_factors_and_steps_that_invert_them(
+    damping: str, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches with more examples than a layer has inputs make factors, in some steps."""
+    """Of three kinds of steps each is captured once in a task; the update of those that invert stays ordinary."""
     kinds: list[int] = []
     record = Graphs.record
     monkeypatch.setattr(Graphs, "record", lambda *given: (kinds.append(1), record(*given))[1])
-    replays, _, _ = shown_twice(
-        With(Kronecker(observe_every=3)), monkeypatch, tasks=2, examples=1000, batch_size=100
-    )
-    assert replays == 2 * (10 - ORDINARY)
-    assert len(kinds) == 2 * 2
+    precision = Kronecker(damping, observe_every=3, refresh_every=6)
+    replays, updates, _ = shown_twice(With(precision), monkeypatch, tasks=2, examples=24 * 8)
+    assert replays == 2 * (24 - ORDINARY)
+    assert len(kinds) == 2 * 3
+    assert updates == 2 * (ORDINARY + 2 + 24 // 6 - 1)  # the first step of a task inverts, and is ordinary anyway
+
+
+def test_what_the_host_decides_of_a_step_with_factors(on_graphs: type[Graphs]) -> None:
+    """After how many steps they are observed: a step without examples is made up for in the next."""
+    network = gaussianize(nn.Linear(4, 2), Kronecker(observe_every=3, refresh_every=20))
+    optimizer = EulerLagrange(network)
+    keys = []
+    for step in range(9):
+        keys.append(network.weight_precision.replay_key)
+        optimizer.zero_grad()
+        network(torch.ones(30, 4)).sum().backward()
+        if step == 6:
+            for observer in network.observers():
+                observer.clear()
+        optimizer.step()
+    assert keys == [None, 0, 0, 3, 0, 0, 3, 4, 0]
 
 
 def test_surprise_of_what_the_network_saw(on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
