@@ -2,9 +2,10 @@
 
 import contextlib
 import gc
+import importlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clagrange import gaussianize, interventions
-from clagrange.gaussian import Diagonal, Kronecker, Structure, curvature, kronecker, set_sampling
+from clagrange.gaussian import Diagonal, Kronecker, Structure, curvature, kronecker, sampling, set_sampling
 from clagrange.interventions import Intervention
 from clagrange.optim import EulerLagrange, StackedAdam, StackedMuon
 from clagrange.replicas import generators_from_seeds
@@ -503,6 +504,83 @@ def test_stacked_optimizers_never_wait_for_a_gpu(kind: Any) -> None:
             weight.grad = torch.zeros_like(weight)
             optimizer.step()
     assert {value.device.type for value in optimizer.state[weight].values()} == {"cuda"}
+
+
+class Watch(TorchDispatchMode):
+    """Refuses what a capture does: to take a tensor from the host to the device or back, and to wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs, made)) if isinstance(value, Tensor)]
+        copied = "copy" in str(func) and len({tensor.device for tensor in tensors}) > 1
+        if copied or func.overloadpacket in WAITS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        return made
+
+
+class OnHost(torch.Generator):
+    """A random stream for a device that has none."""
+
+    def __new__(cls, device: Any = "cpu") -> "OnHost":
+        return super().__new__(cls, "cpu")
+
+
+def refusing(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that makes tensors of plain numbers, which a capture cannot bring to the device."""
+
+    def checked(data: Any, **settings: Any) -> Tensor:
+        made = make(data, **settings)
+        if made.device.type != "cpu" and not isinstance(data, Tensor):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {make.__name__}({data})")
+        return made
+
+    return checked
+
+
+@pytest.fixture
+def on_meta(on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device without numbers, so that who asks for one fails; with what torch lacks on it."""
+
+    def record(
+        graphs: Graphs, step: Callable[..., Any], generators: Any, *given: Tensor
+    ) -> tuple[Callable[[], None], Any]:
+        with Watch(), monkeypatch.context() as capturing:
+            for name in ("tensor", "as_tensor"):
+                capturing.setattr(torch, name, refusing(getattr(torch, name)))
+            return lambda: None, step(*given)
+
+    monkeypatch.setattr(Graphs, "record", record)
+    monkeypatch.setattr(Graphs, "device", torch.device("meta"))
+    monkeypatch.setattr(torch, "Generator", OnHost)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(sampling.Stream, "move", lambda *_: None)
+    monkeypatch.setattr(kronecker, "damped_inverse", lambda factor, *_: torch.empty_like(factor))
+    optimizers = importlib.import_module("torch.optim.optimizer")
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    return "meta"
+
+
+@pytest.mark.parametrize("varied", [False, True])
+@pytest.mark.parametrize("name", study_methods())
+def test_what_is_captured_takes_nothing_from_the_host(name: str, varied: bool, on_meta: str) -> None:
+    """Such as a setting that differs between replicas, of which a stand-in on a CPU cannot tell where it is."""
+    method = METHODS[name]()
+    if varied:
+        settings = ("lr", "temperature", "variance_rate", "l2", "strength", "rate", "gamma_lr", "noise", "memory")
+        numbers = {setting: getattr(method, setting, None) for setting in settings}
+        halves = {setting: 0.5 * number for setting, number in numbers.items() if isinstance(number, float)}
+        method = stacked([method, replace(method, **halves)], 1)
+    run = Run(method, streams(), [8, 6], device=on_meta)
+    for intervention in run.interventions:
+        intervention.on_start(run.network, run.optimizer)
+    run._prepare_steps()
+    replay = run._replay
+    assert isinstance(replay, StepReplay)
+    for _ in range(2 * ORDINARY):
+        inputs, targets = torch.zeros(2, 8, 64), torch.zeros(2, 8, dtype=torch.long)
+        replay(run._passes, run._update, inputs.to(on_meta), targets.to(on_meta))
+    assert len(replay._captured) == (name != "ivon")
 
 
 def test_the_order_of_streams_and_capture(monkeypatch: pytest.MonkeyPatch) -> None:
