@@ -76,8 +76,8 @@ def update_replays(optimizer: Optimizer, interventions: Sequence[Intervention]) 
     """
     if type(optimizer) not in _REPLAYABLE or not all(intervention.replays for intervention in interventions):
         return False
-    plain = type(optimizer) is torch.optim.Adam and not all(group["fused"] for group in optimizer.param_groups)
-    return not plain  # it counts its steps on the host
+    fused = all(group["fused"] for group in optimizer.param_groups if "fused" in group)
+    return fused or type(optimizer) is not torch.optim.Adam  # whose other forms count their steps on the host
 
 
 class StepReplay:
