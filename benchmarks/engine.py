@@ -20,10 +20,9 @@ process and a thread of its own.
 The floor of a step is what has to go through memory: forward and backward pass read the weights once each, the
 first layer's but for the backward pass, and the step reads and writes them, which SGD at width 2000 and batch 1
 does for 16 steps at once. Continual backprop looks at all weights after each step: those of its networks of width
-2000 go from the backward pass to these sums in parts that stay in the cache, and are read and written once on the
-way; smaller ones are read once more each, those out of a layer and those into it. That many bytes over the
-bandwidth at which both processes read and write numbers in place. Networks that fit into a cache can be faster
-than that.
+2000 go from the backward pass to these sums in one loop, and are read and written once on the way; smaller ones
+are read once more each, those out of a layer and those into it. That many bytes over the bandwidth at which both
+processes read and write numbers in place. Networks that fit into a cache can be faster than that.
 
 What a task costs from the first to the thousandth is measured by benchmarks/memory.py.
 """
@@ -223,8 +222,9 @@ def measure(published: Path | None) -> dict[str, list[float]]:
     """How much all processes did in a second, for each action and turn."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(PROCESSES)]
-    for _, theirs in pipes:
-        context.Process(target=work, args=(theirs, published), daemon=True).start()
+    workers = [context.Process(target=work, args=(theirs, published), daemon=True) for _, theirs in pipes]
+    for worker in workers:
+        worker.start()
     wires = [ours for ours, _ in pipes]
     names, *_ = [wire.recv() for wire in wires]
     rates: dict[str, list[float]] = {name: [] for name in names}
@@ -235,8 +235,9 @@ def measure(published: Path | None) -> dict[str, list[float]]:
             rate = sum(wire.recv() for wire in wires)
             if turn:  # the first one warms up
                 rates[name].append(rate)
-    for wire in wires:
+    for wire, worker in zip(wires, workers, strict=True):
         wire.send("")
+        worker.join()
     return rates
 
 
