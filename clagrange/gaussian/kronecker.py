@@ -181,6 +181,8 @@ class KroneckerPrecision(Precision):
         self._axes: tuple[Any, Eigen, Eigen] | None = None
 
     # ------------------------------------------------------------------------------------------- learning
+    host_state = tuple(f"_{name}" for name in _COUNTERS)
+
     @property
     def observes(self) -> bool:
         """Whether the factors of the next step are wanted."""
@@ -188,13 +190,17 @@ class KroneckerPrecision(Precision):
 
     @property
     def replay_key(self) -> Hashable:
-        """After how many steps the factors are observed, 0 where they are not. None in steps that invert them."""
+        """After how many steps the factors are observed, 0 where they are not.
+
+        None in steps that invert them, and on a CPU, where steps look at numbers.
+        """
         if looking_is_free(self.inputs) or any(self._refreshes()):
             return None
         return self._since_observation + 1 if self.observes else 0
 
     def step_replayed(self) -> None:
-        """Count on, as `relax` and `step` do elsewhere than on a CPU."""
+        """Count on, as `relax` and `step` do elsewhere than on a CPU; factors that replays change tell nobody."""
+        self._axes = None
         self._since_observation = 0 if self.observes else self._since_observation + 1
         self._age = [age + 1 for age in self._age]
 
@@ -277,7 +283,7 @@ class KroneckerPrecision(Precision):
         def emptied(part: Tensor) -> Tensor:
             return torch.where(usable.view(*usable.shape, *[1] * (part.dim() - usable.dim())), part, 0.0)
 
-        share = (usable.to(self.inputs.dtype) * share).to(self.inputs.dtype)
+        share = usable.to(self.inputs.dtype) * (share.to(self.inputs) if isinstance(share, Tensor) else share)
         if isinstance(seen, LowRank):
             return seen._replace(d=emptied(seen.d), x=emptied(seen.x)), share
         return seen._replace(outputs=emptied(seen.outputs), inputs=emptied(seen.inputs)), share

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,10 @@ class Precision(nn.Module, ABC):
         prior_precision: 1/σ_p², of as many dimensions as the mean, broadcasts against it.
         prior_at_start: whether the prior's mean is "initial".
         origin_mean: μ_0 once consolidated; None before.
+        host_state: names of the attributes in which steps are counted.
     """
 
+    host_state: ClassVar[tuple[str, ...]] = ()
     prior_mean: Tensor
     prior_precision: Tensor
     origin_mean: Tensor | None

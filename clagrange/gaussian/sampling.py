@@ -69,6 +69,7 @@ class WeightSampler(nn.Module):
     """
 
     replica_lists = ("random_streams",)
+    gathers = ("_noise", "_sign", "_repeated", "_used")
 
     def __init__(self, mode: str, random_streams: list[Stream], antithetic: bool = False) -> None:
         super().__init__()

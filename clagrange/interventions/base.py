@@ -57,7 +57,10 @@ class Intervention(Hooked):  # every moment is optional
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the method, or its detector, looks at the gradients or changes them."""
+        """Whether the method, or its detector, looks at the gradients or changes them.
+
+        Where none does, a study lets plain SGD step in the backward pass.
+        """
         return type(self).on_gradient is not Intervention.on_gradient or (
             self.detector is not None and type(self.detector).on_gradient is not Detector.on_gradient
         )
@@ -99,7 +102,10 @@ class Intervention(Hooked):  # every moment is optional
             self.detector.on_start(network, optimizer)
 
     def loss_known(self, network: nn.Module, loss: Tensor) -> None:
-        """Say what the mean loss of a batch is, before the step: a number, or (R,) for a stacked network."""
+        """Say what the mean loss of a batch is, before the step: a number, or (R,) for a stacked network.
+
+        In a study layers may have taken their step in the backward pass, see `needs_gradients`.
+        """
         if self.detector is not None:
             self.detector.on_loss(network, loss)
 

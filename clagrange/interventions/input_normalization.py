@@ -49,10 +49,10 @@ class InputNormalization(Intervention):
             zeros = torch.zeros_like(inputs.select(batch_dim, 0))
             count = torch.zeros((), dtype=torch.long, device=inputs.device)
             self.state = {"count": count, "mean": zeros, "variance": zeros.clone()}
-        self.state["count"] = torch.as_tensor(self.state["count"], device=inputs.device)  # earlier a plain number
-        self.state |= {name: self.state[name].to(inputs) for name in ("mean", "variance")}
-        count, mean, variance = (self.state[name] for name in ("count", "mean", "variance"))
+        mean, variance = (self.state[name].to(inputs) for name in ("mean", "variance"))
         if update:
+            count = torch.as_tensor(self.state["count"], device=inputs.device)  # in older states a plain number
+            self.state = {"count": count, "mean": mean, "variance": variance}
             size, batch_mean, batch_variance = _moments(inputs, batch_dim)
             count += size
             weight = size / count.double()

@@ -87,20 +87,24 @@ class SoftReset(Intervention):
             ]
             if self.scope == "layer":
                 total = torch.stack([slope.flatten(first).sum(-1) for slope in slopes]).sum(0)
-                self.state["gamma"][layer] = self._gamma(total)
+                gamma_of_layer = self._learn(layer, total)
             for (name, parameter), distance, slope in zip(members, distances, slopes, strict=True):
                 if self.scope == "weight":
-                    gamma = self.state["gamma"][name] = self._gamma(slope)
+                    gamma = self._learn(name, slope)
                 else:
-                    gamma = self.state["gamma"][layer]
+                    gamma = gamma_of_layer
                     gamma = gamma.view(-1, *[1] * (parameter.dim() - 1)) if first else gamma
                 parameter.sub_((1.0 - gamma) * distance)
                 scale = per_replica(self.posterior_scale, parameter)
                 assert parameter.grad is not None
                 parameter.grad.mul_(gamma**2 + (1.0 - gamma**2) / scale**2)
 
-    def _gamma(self, slope: Tensor) -> Tensor:
-        return (1.0 - per_replica(self.gamma_lr, slope) * slope).clamp(0.0, 1.0)
+    def _learn(self, name: str, slope: Tensor) -> Tensor:
+        """γ of a layer or a weight, which is kept in the same memory from step to step."""
+        gamma = (1.0 - per_replica(self.gamma_lr, slope) * slope).clamp(0.0, 1.0)
+        kept: Tensor = self.state["gamma"].get(name, gamma)
+        kept = self.state["gamma"][name] = kept.to(gamma) if kept.shape == gamma.shape else gamma
+        return kept.copy_(gamma)
 
 
 def _layers(network: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:

@@ -5,7 +5,7 @@ import copy
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,10 @@ def update_replays(optimizer: Optimizer, interventions: Sequence[Intervention]) 
     """
     if type(optimizer) not in _REPLAYABLE or not all(intervention.replays for intervention in interventions):
         return False
+    settings = itertools.chain.from_iterable(group.values() for group in optimizer.param_groups)
+    beliefs = (value for value in settings if isinstance(value, dict))
+    if any(isinstance(number, Tensor) for belief in beliefs for number in belief.values()):
+        return False  # which the host works with in each step
     fused = all(group["fused"] for group in optimizer.param_groups if "fused" in group)
     return fused or type(optimizer) is not torch.optim.Adam  # whose other forms count their steps on the host
 
@@ -87,20 +91,20 @@ class StepReplay:
     on the host for later is handed out again after each replay, which has filled its tensors anew.
 
     A replay repeats the captured operations on the captured memory with the captured plain numbers. So batches
-    must be of one shape until the next `begin`. If anything else that was captured is replaced, such as a buffer
-    or a setting of the optimizer, the capture is given up, and made again some steps later. Where a step cannot
-    be captured a warning says so, and all steps are ordinary ones.
+    must be of one shape until the next `begin`. If a parameter, a buffer, the optimizer's state, or a setting of
+    it or of an intervention is replaced, the capture is given up, and made again some steps later. Where a step
+    cannot be captured, or replaces any of these itself, a warning says so, and all steps are ordinary ones.
 
     Args:
         network: that is trained.
-        optimizer: of the network; what of its settings are tensors goes to the device.
+        optimizer: of the network; settings of it that are tensors go to the device.
         graphs: of the device.
     """
 
     _modules: list[nn.Module]
     _layers: list[GaussianLayer]
     _precisions: list[Precision]
-    _hooked: list[Hooked]
+    _interventions: Sequence[Intervention]
     _ordinary: int  # steps that are left before the capture
     _given: tuple[Tensor, ...]
     _replaceable: list[Any]
@@ -127,13 +131,16 @@ class StepReplay:
             _move_tensors(vars(intervention), self._graphs.device)
         self._modules = list(self._network.modules())
         self._layers = [module for module in self._modules if isinstance(module, GaussianLayer)]
-        self._precisions = [block.precision for layer in self._layers for block in layer.blocks()]
-        self._hooked = _hooked(interventions)
+        blocks = (block for layer in self._layers for block in layer.blocks())
+        self._precisions = [
+            block.precision for block in blocks if any(mean.requires_grad for mean in block.means)
+        ]
+        self._interventions = interventions
 
     def end(self) -> None:
         """Give back what was captured, and its memory; steps are ordinary ones until the next `begin`."""
         self._may = self._apart = False
-        self._modules, self._layers, self._precisions, self._hooked = [], [], [], []
+        self._modules, self._layers, self._precisions, self._interventions = [], [], [], []
         self._give_up(ORDINARY)
 
     def _give_up(self, ordinary: int) -> None:
@@ -180,26 +187,43 @@ class StepReplay:
         return logits.clone(), losses.clone()
 
     def _capture(self, step: Passes, inputs: Tensor, targets: Tensor) -> "_Captured":
+        """Capture a step; where that fails all is on the host as it was."""
         if not self._given:
             self._given = (inputs.clone(), targets.clone())
-        samplers = filter(None, map(_sampler_of, self._layers))
+        samplers = list(filter(None, map(_sampler_of, self._layers)))
         generators = [stream.generator for sampler in samplers for stream in sampler.random_streams]
         if isinstance(self._optimizer, UPGD):
             generators += self._optimizer.generators
-        with _said_to_be_captured(self._optimizer):
-            replay, made = self._graphs.record(step, generators, *self._given)
-        self._replaceable = self._now()
         observers = (observer for layer in self._layers for observer in layer.observers())
-        return _Captured(replay, made, self._network.parameters(), [*self._layers, *observers, *self._hooked])
+        gatherers = [*self._layers, *observers, *samplers, *_hooked(self._interventions)]
+        before, counters = _Attributes(gatherers, "gathers"), _Attributes(self._precisions, "host_state")
+        held = [(values, dict(values)) for values in self._held()]
+        self._replaceable = self._now()
+        try:
+            with _said_to_be_captured(self._optimizer):
+                replay, made = self._graphs.record(step, generators, *self._given)
+            if not _same(self._replaceable, self._now()):
+                raise RuntimeError("the step replaces what it works on by something new, such as a buffer")
+        except Exception:
+            before.restore()
+            counters.restore()
+            for values, earlier in held:
+                values.update(earlier)
+            raise
+        return _Captured(replay, made, self._network.parameters(), _Attributes(gatherers, "gathers"))
+
+    def _held(self) -> Iterator[dict[Any, Any]]:
+        """What holds the memory that a step works on, and the settings that it works with."""
+        for module in self._modules:
+            yield from (module._parameters, module._buffers)
+        if not self._apart:
+            yield from (*self._optimizer.state.values(), *self._optimizer.param_groups)
+            yield from map(vars, self._interventions)
 
     def _now(self) -> list[Any]:
-        """What a step works on and with, in its present form."""
-        held: Iterable[Mapping[Any, Any]] = itertools.chain.from_iterable(
-            (module._parameters, module._buffers) for module in self._modules
-        )
-        if not self._apart:
-            held = itertools.chain(held, self._optimizer.state.values(), self._optimizer.param_groups)
-        return [value for values in held for value in values.values()]
+        """Both as they are; of interventions not what they keep, which is theirs to look after."""
+        held = itertools.chain.from_iterable(values.values() for values in self._held())
+        return [value for value in held if not isinstance(value, dict | list)]
 
 
 class _Captured:
@@ -209,7 +233,7 @@ class _Captured:
         replay: makes the step.
         made: what it makes, each time in the same memory.
         parameters: with their gradients.
-        gatherers: whatever has ``gathers``.
+        left: on the host, beside these.
     """
 
     def __init__(
@@ -217,25 +241,41 @@ class _Captured:
         replay: Callable[[], None],
         made: tuple[Tensor, Tensor],
         parameters: Iterable[nn.Parameter],
-        gatherers: Iterable[Any],
+        left: "_Attributes",
     ) -> None:
         self._replay = replay
         self._made = made
         self._gradients = [(parameter, parameter.grad) for parameter in parameters]
-        self._gathered = [
-            (gatherer, name, copy.copy(getattr(gatherer, name)))
-            for gatherer in gatherers
-            for name in gatherer.gathers or ()
-        ]
+        self._left = left
 
     def replay(self) -> tuple[Tensor, Tensor]:
         """Make the step, and leave on the host what it left there when it was captured."""
         self._replay()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
-        for gatherer, name, value in self._gathered:
-            setattr(gatherer, name, copy.copy(value))
+        self._left.restore()
         return self._made
+
+
+class _Attributes:
+    """Attributes of objects, as they are now.
+
+    Args:
+        owners: the objects.
+        names: of the attribute of each in which their names are; None there for none.
+    """
+
+    def __init__(self, owners: Iterable[Any], names: str) -> None:
+        self._values = [
+            (owner, name, _copied(getattr(owner, name)))
+            for owner in owners
+            for name in getattr(owner, names) or ()
+        ]
+
+    def restore(self) -> None:
+        """Make them so again."""
+        for owner, name, value in self._values:
+            setattr(owner, name, _copied(value))
 
 
 class CUDAGraphs:
@@ -308,9 +348,17 @@ def _draws_replay(layer: GaussianLayer) -> bool:
     )
 
 
-def _move_tensors(values: Any, device: torch.device) -> None:
-    """Put the tensors among values on a device: from elsewhere a capture cannot copy them."""
-    values.update({name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+def _move_tensors(settings: dict[str, Any], device: torch.device) -> None:
+    """Put tensors among settings, alone or in tuples, on a device: from elsewhere a capture cannot copy them."""
+    for name, value in settings.items():
+        if isinstance(value, Tensor):
+            settings[name] = value.to(device)
+        elif isinstance(value, tuple):
+            settings[name] = tuple(part.to(device) if isinstance(part, Tensor) else part for part in value)
+
+
+def _copied(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, dict | list) else value
 
 
 def _same(before: list[Any], now: list[Any]) -> bool:

@@ -310,6 +310,24 @@ def test_evaluation_uses_the_statistics_and_leaves_them() -> None:
     assert_same_tensors({n: torch.as_tensor(v) for n, v in method.state.items()}, state)
 
 
+def test_training_goes_on_from_an_older_state_after_an_evaluation() -> None:
+    """Whose count is a plain number, and which inference mode must not make its own."""
+    net, method, whole = nn.Linear(5, 2).double(), InputNormalization(), InputNormalization()
+    for each in (method, whole):
+        each.on_start(net, sgd(net))
+        net(batch(0)[0])
+        each.detach()
+    method.state["count"] = int(method.state["count"])
+    method.on_start(net, sgd(net))
+    with torch.inference_mode():
+        net.eval()(batch(9)[0].bfloat16().double())
+    net.train()(batch(1)[0])
+    method.detach()
+    whole.on_start(net, sgd(net))
+    net(batch(1)[0])
+    assert_same_tensors(method.state, whole.state)
+
+
 def test_images_are_normalised_pixel_by_pixel() -> None:
     net, method = convnet(), InputNormalization()
     entering = []

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clagrange import gaussianize, interventions
+from clagrange.dynamics import Belief
 from clagrange.gaussian import Diagonal, Kronecker, Structure, curvature, kronecker, sampling, set_sampling
 from clagrange.interventions import Intervention
 from clagrange.optim import EulerLagrange, StackedAdam, StackedMuon
-from clagrange.replicas import generators_from_seeds
+from clagrange.replicas import generators_from_seeds, stack
 from clagrange.study import capture, engine
 from clagrange.study.capture import ORDINARY, CUDAGraphs, StepReplay, graphs_of, passes_replay, update_replays
 from clagrange.study.engine import Run
@@ -68,6 +69,11 @@ class Recorder(TorchDispatchMode):
             generator.set_state(state)
 
     def replay(self) -> None:
+        touched = tuple(value for value in tree_leaves(self.calls) if isinstance(value, Tensor))
+        with torch.autograd._unsafe_preserve_version_counter(touched):  # nobody tells the host of changes
+            self._repeat()
+
+    def _repeat(self) -> None:
         for func, args, kwargs, made in self.calls:
             for place, value in zip(tree_leaves(made), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(place, Tensor) and place.data_ptr() != value.data_ptr():
@@ -128,6 +134,9 @@ def assert_same(run: Run, other: Run) -> None:
     for name, values in run.metrics.items():
         np.testing.assert_allclose(values, other.metrics[name], rtol=1e-6, atol=1e-7, err_msg=name)
     for one, another in zip(run.network.parameters(), other.network.parameters(), strict=True):
+        torch.testing.assert_close(one, another)
+    kept, expected = (tree_leaves([each.state for each in these.interventions]) for these in (run, other))
+    for one, another in zip(kept, expected, strict=True):
         torch.testing.assert_close(one, another)
 
 
@@ -202,6 +211,61 @@ def test_where_the_capture_fails_steps_are_ordinary_ones_and_one_warning_says_so
     assert len(seen) == len(tries) == 1
     monkeypatch.setattr(engine, "graphs_of", lambda device: None)
     assert_same(ordinary, finished(METHODS["adam"](), streams(5)))
+
+
+@pytest.mark.parametrize("breaks_off", ["passes", "update"])
+@pytest.mark.parametrize("name", ["draws", "factors", "surprise", "units"])
+def test_a_capture_that_breaks_off_leaves_nothing_behind(
+    name: str, breaks_off: str, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def surprised(seeds: Any) -> list[Intervention]:
+        detector = interventions.PredictiveSurprise(threshold=0.1, warm_up=3, samples=2, seed=seeds)
+        return [interventions.VarianceInjection(0.5, detector=detector, seed=seeds)]
+
+    method = {
+        "draws": With(Diagonal("sampled", sampling="batch")),
+        "factors": With(Kronecker(observe_every=3, refresh_every=6)),
+        "surprise": With(Diagonal(), surprised),
+        "units": With("adam", WHOLE["units"]),
+    }[name]
+
+    def record(
+        graphs: Graphs, step: Callable[..., Any], generators: Iterable[torch.Generator], *given: Tensor
+    ) -> Any:
+        garbage = [torch.full_like(given[0], torch.nan), torch.zeros_like(given[1])]
+        forward = nn.Module.__call__
+
+        def breaking(module: nn.Module, *inputs: Any) -> Any:
+            made = forward(module, *inputs)
+            if module is network:
+                raise RuntimeError("out of memory")
+            return made
+
+        states = [generator.get_state() for generator in generators]
+        with monkeypatch.context() as broken:
+            if breaks_off == "passes":
+                network = runs[-1].network
+                broken.setattr(nn.Module, "__call__", breaking)
+            with Recorder(generators) as recorder:
+                try:
+                    step(*garbage)
+                finally:
+                    with torch.no_grad():
+                        recorder.undo()
+                    for generator, state in zip(generators, states, strict=True):
+                        generator.set_state(state)
+        raise RuntimeError("out of memory")
+
+    runs: list[Run] = []
+    start = Run.__init__
+    monkeypatch.setattr(
+        Run, "__init__", lambda run, *args, **rest: (runs.append(run), start(run, *args, **rest))[1]
+    )
+    monkeypatch.setattr(Graphs, "record", record)
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        after = finished(method, streams())
+    monkeypatch.setattr(engine, "graphs_of", lambda device: None)
+    assert_same(after, finished(method, streams()))
 
 
 def test_a_step_that_waits_fails_to_be_captured() -> None:
@@ -281,6 +345,7 @@ WHOLE = {
     "units": lambda seeds: [interventions.ContinualBackprop(0.1, maturity=2, seed=seeds)],
     "units by gradients": lambda seeds: [interventions.ReDo(0.9, every=4, score="gradient", seed=seeds)],
     "units a little": lambda seeds: [interventions.GradedContinualBackprop(0.5, every=3, seed=seeds)],
+    "layers a little": lambda seeds: [interventions.SoftReset()],
     "weights a little": lambda seeds: [interventions.SoftReset(scope="weight")],
     "spectrum": lambda seeds: [interventions.SpectralRegularization(0.1, seed=seeds)],
     "inputs": lambda seeds: [interventions.InputNormalization()],
@@ -370,19 +435,26 @@ def test_what_was_observed_waits_for_an_ordinary_update(
     assert updates == 3 * 10
 
 
+@pytest.mark.parametrize(("observe_every", "refresh_every"), [(3, 6), (4, 10)])
 @pytest.mark.parametrize("damping", ["factored", "exact"])
 def test_steps_that_observe_factors_and_steps_that_invert_them(
-    damping: str, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+    damping: str, observe_every: int, refresh_every: int, on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three kinds of steps each is captured once in a task; the update of those that invert stays ordinary."""
+    """Each kind of steps is captured once in a task; the update of those that invert stays ordinary."""
     kinds: list[int] = []
     record = Graphs.record
     monkeypatch.setattr(Graphs, "record", lambda *given: (kinds.append(1), record(*given))[1])
-    precision = Kronecker(damping, observe_every=3, refresh_every=6)
-    replays, updates, _ = shown_twice(With(precision), monkeypatch, tasks=2, examples=24 * 8)
-    assert replays == 2 * (24 - ORDINARY)
-    assert len(kinds) == 2 * 3
-    assert updates == 2 * (ORDINARY + 2 + 24 // 6 - 1)  # the first step of a task inverts, and is ordinary anyway
+    precision = Kronecker(damping, observe_every=observe_every, refresh_every=refresh_every)
+    steps = 2 * refresh_every * 2
+    method = With(precision, WHOLE["layers a little"])
+    replays, updates, _ = shown_twice(method, monkeypatch, tasks=2, examples=steps * 8)
+    assert replays == 2 * (steps - ORDINARY)
+    inverted = range(0, 2 * steps, refresh_every)
+    observing = {step for step in inverted if step % observe_every == 0}
+    captured = 2 + bool(observing) + bool(set(inverted) - observing - {0})
+    assert len(kinds) == 2 * captured
+    first = [step for step in inverted if step % steps < ORDINARY]
+    assert updates == 2 * (ORDINARY + 2) + len(inverted) - len(first)
 
 
 def test_what_the_host_decides_of_a_step_with_factors(on_graphs: type[Graphs]) -> None:
@@ -435,6 +507,56 @@ def test_what_was_captured_and_is_replaced_is_noticed(
     """After some more ordinary steps the next one is captured."""
     replays, _, _ = shown_twice(With("adam", lambda seeds: [Halving(6, what)]), monkeypatch, examples=160)
     assert replays == 3 * (20 - ORDINARY) - capture.WORTHWHILE
+
+
+def test_a_setting_of_an_intervention_may_be_changed(
+    on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Growing(interventions.L2Init):
+        def on_step(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            self.state["steps"] = self.state.get("steps", 0) + 1
+            if self.state["steps"] == 6:
+                self.strength = 0.5
+
+    replays, _, _ = shown_twice(With("adam", lambda seeds: [Growing(0.1)]), monkeypatch, examples=160)
+    assert replays == 3 * (20 - ORDINARY) - capture.WORTHWHILE
+
+
+def test_a_step_that_replaces_its_memory_is_not_captured(
+    on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if self.training:
+                self.mean = 0.9 * self.mean + inputs.detach().mean()
+            return inputs + self.mean
+
+    class Centred(With):
+        def prepare(self, network: nn.Module, seeds: Any) -> None:
+            network[1] = nn.Sequential(Counting(), network[1])
+
+    with pytest.warns(RuntimeWarning, match="replaces what it works on by something new"):
+        replayed = finished(Centred("adam"), streams())
+    monkeypatch.setattr(engine, "graphs_of", lambda device: None)
+    assert_same(replayed, finished(Centred("adam"), streams()))
+
+
+def test_layers_that_are_not_trained_have_no_say(
+    on_graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their factors are never inverted, so that they are due in every step."""
+
+    class Frozen(With):
+        def prepare(self, network: nn.Module, seeds: Any) -> None:
+            super().prepare(network, seeds)
+            next(module for module in network if isinstance(module, nn.Linear)).requires_grad_(False)
+
+    _, updates, _ = shown_twice(Frozen(Kronecker(observe_every=3, refresh_every=100)), monkeypatch)
+    assert updates == 3 * (ORDINARY + 2)
 
 
 def test_hooks_that_nobody_knows(on_graphs: type[Graphs]) -> None:
@@ -581,6 +703,41 @@ def test_what_is_captured_takes_nothing_from_the_host(name: str, varied: bool, o
         inputs, targets = torch.zeros(2, 8, 64), torch.zeros(2, 8, dtype=torch.long)
         replay(run._passes, run._update, inputs.to(on_meta), targets.to(on_meta))
     assert len(replay._captured) == (name != "ivon")
+
+
+@dataclass(frozen=True)
+class Nested(With):
+    """Settings that are tensors inside of tuples and of beliefs."""
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        some, others = torch.tensor([0.9, 0.8]), torch.tensor([0.99, 0.9])
+        if isinstance(self.base, str):
+            return StackedAdam(network.parameters(), betas=(some, others))
+        return EulerLagrange(network, discount=0.5, curvature_decay=Belief(some, others, 0.1), lr=some)
+
+
+@pytest.mark.parametrize("base", ["adam", Diagonal(), Kronecker(observe_every=2)], ids=str)
+def test_settings_inside_of_settings(base: Any, on_meta: str) -> None:
+    """Those of a belief stay on the host, which works out its rate at each step: updates are ordinary ones."""
+    run = Run(Nested(base), streams(), [8, 6], device=on_meta)
+    run._prepare_steps()
+    replay = run._replay
+    assert isinstance(replay, StepReplay)
+    for _ in range(2 * ORDINARY):
+        inputs, targets = torch.zeros(2, 8, 64), torch.zeros(2, 8, dtype=torch.long)
+        replay(run._passes, run._update, inputs.to(on_meta), targets.to(on_meta))
+    assert replay._captured
+    assert update_replays(run.optimizer, []) is (base == "adam")
+
+
+def test_without_a_capture_settings_may_be_on_the_host(on_meta: str) -> None:
+    network = stack([nn.Linear(4, 2) for _ in range(2)]).to(on_meta)
+    gaussianize(network, Kronecker(observe_every=2))
+    optimizer = EulerLagrange(network, lr=torch.tensor([1e-3, 3e-3]), temperature=torch.tensor([1e-3, 1e-2]))
+    for _ in range(4):
+        optimizer.zero_grad()
+        network(torch.zeros(2, 8, 4, device=on_meta)).sum().backward()
+        optimizer.step()
 
 
 def test_the_order_of_streams_and_capture(monkeypatch: pytest.MonkeyPatch) -> None:
