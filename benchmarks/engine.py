@@ -254,15 +254,18 @@ def compare(rates: dict[str, list[float]], label: str, rivals: str) -> dict[str,
     return {"engine": ours, "rival": theirs, "ratio": ratio}
 
 
-def floor(name: str, width: int, rate: float) -> float:
-    """Model-steps per second at batch 1 that a bandwidth allows, of three hidden layers of a width."""
+def floor(name: str, width: int, rate: float, *, cached: bool = True) -> float:
+    """Model-steps per second at batch 1 that a bandwidth allows, of three hidden layers of a width.
+
+    ``cached`` says that large weights wait for steps and go through sums in parts, as on a CPU.
+    """
     numbers = 0.0
     matrices = [784 * width, width**2, width**2, 10 * width]
     for layer, size in enumerate(matrices):
         first, last = layer == 0, layer == len(matrices) - 1
         if name == "sgd":
-            passes = 1 + (not first) + (2 / KEPT if size >= WIDE else 2)
-        elif size > PART:
+            passes = 1 + (not first) + (2 / KEPT if cached and size >= WIDE else 2)
+        elif cached and size > PART:
             passes = 1 + 2  # all but the forward pass is done at once
         else:
             passes = 1 + (not first) + 2 + (not last) + (not first)  # incoming and outgoing ones are looked at

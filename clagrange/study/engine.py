@@ -46,7 +46,10 @@ UNTIMED = 5
 """Steps before those of a trial: the first ones compile, capture, and fetch memory."""
 
 CHUNK = 1 << 20
-"""How many input values of all replicas are made at once: fewer than caches hold."""
+"""How many input values of all replicas are made at once: fewer than a CPU's caches hold."""
+
+GPU_CHUNK = 1 << 27
+"""The same on a GPU, half a GiB: to make them costs the host some microseconds for each replica and chunk."""
 
 
 class Resumable(ABC):
@@ -385,7 +388,8 @@ class Run(Resumable):
         orders = [stream.order(number, epoch) for stream in self.streams]
         first = self.streams[0]
         shape = (first.batch_size, *first.input_shape)
-        steps = max(1, CHUNK // (len(tasks) * math.prod(shape)))
+        values = CHUNK if self.device.type == "cpu" else GPU_CHUNK
+        steps = max(1, values // (len(tasks) * math.prod(shape)))
         kinds = (task.data.dtype if task.data.is_floating_point() else torch.float32 for task in tasks)
         kind = functools.reduce(torch.promote_types, kinds)
         memory = torch.empty(
