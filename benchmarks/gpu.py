@@ -117,15 +117,11 @@ def optimizer_steps(device: torch.device, small: bool) -> dict[str, float]:
     width = 64 if small else 2236
     actions: dict[str, Action] = {}
     for form in ("foreach", "fused"):
-        weights = network_with_gradients(width).to(device)
-        for parameter in weights.parameters():
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        actions[f"AdamW {form}"] = torch.optim.AdamW(weights.parameters(), **{form: True}).step
+        weights = network_with_gradients(width).to(device).parameters()
+        actions[f"AdamW {form}"] = torch.optim.AdamW(weights, **{form: True}).step
     for form in ("foreach", "compiled"):
         for discount in (math.inf, 1.0):
             network = clagrange.gaussianize(network_with_gradients(width)).to(device)
-            for parameter in network.parameters():
-                parameter.grad = torch.full_like(parameter, 1e-3)
             layers = [layer for _, layer in clagrange.gaussian.gaussian_layers(network)]
             chosen: dict[str, Any] = {"foreach": form == "foreach", "compiled": form == "compiled"}
             optimizer = EulerLagrange(network, lr=1e-6, discount=discount, variance_rate=1e-2, **chosen)

@@ -97,7 +97,7 @@ def perceptron(network: nn.Module) -> Sequence[nn.Linear] | None:
         >>> perceptron(replicas.stack([nn.Sequential(nn.Flatten(), nn.Linear(3, 2))]))
         [StackedLinear(in_features=3, out_features=2, bias=True)]
     """
-    if type(network) is not nn.Sequential or any(_hooked(module) for module in network.modules()):
+    if type(network) is not nn.Sequential or any(map(hooks_of, network.modules())):
         return None
     layers = list(network)
     if layers and type(layers[0]) is StackedFlatten and layers[0].start_dim == 1 and layers[0].end_dim == -1:
@@ -109,15 +109,10 @@ def perceptron(network: nn.Module) -> Sequence[nn.Linear] | None:
     return linear if len({layer.weight for layer in linear}) == len(linear) else None
 
 
-def _hooked(module: nn.Module) -> bool:
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
+def hooks_of(module: nn.Module) -> int:
+    """The number of hooks of a module, of its forward and its backward pass."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return sum(map(len, kinds))
 
 
 class _Waiting(NamedTuple):

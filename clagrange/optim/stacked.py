@@ -350,6 +350,14 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     return unturned
 
 
+def one_more_step(state: dict[str, Any], parameter: Tensor) -> Tensor:
+    """Count a step in ``state["step"]``, on the parameter's GPU so that the host need not wait: the new count."""
+    if parameter.is_cuda:  # new or loaded, it may be elsewhere
+        state["step"] = state["step"].to(parameter.device)
+    state["step"] += 1
+    return state["step"]  # type: ignore[no-any-return]
+
+
 def adam_step(
     parameter: Tensor, gradient: Tensor, state: dict[str, Any], *, lr: Number, betas: Any, eps: Number
 ) -> None:
@@ -363,15 +371,12 @@ def adam_step(
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         state["gradient_mean"] = torch.zeros_like(parameter, dtype=dtype)
         state["gradient_square"] = torch.zeros_like(parameter, dtype=dtype)
-    if parameter.is_cuda:  # made above or loaded, it may be elsewhere
-        state["step"] = state["step"].to(parameter.device)
-    state["step"] += 1
     adam_update(
         parameter,
         gradient,
         state["gradient_mean"],
         state["gradient_square"],
-        state["step"],
+        one_more_step(state, parameter),
         lr=lr,
         betas=betas,
         eps=eps,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clagrange._checks import Number, check_choice, check_nonnegative, check_number, per_replica
 from clagrange.optim.base import CheckedOptimizer
-from clagrange.optim.stacked import is_stacked
+from clagrange.optim.stacked import is_stacked, one_more_step
 from clagrange.replicas import Generators, generators_from_seeds, randn_like
 
 SCOPES = ("global", "local")
@@ -129,14 +129,11 @@ class UPGD(CheckedOptimizer):
             state["utility"] = torch.zeros_like(
                 parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)
             )
-        if parameter.is_cuda:  # made above or loaded, it may be elsewhere
-            state["step"] = state["step"].to(parameter.device)
-        state["step"] += 1
+        count = one_more_step(state, parameter).double()  # a GPU would be waited for if it were a plain number
         utility = state["utility"]
         decay = per_replica(group["decay"], utility)
         saliency = _gradient(parameter, group).to(utility.dtype) * parameter
         utility.mul_(decay).sub_((1.0 - decay) * saliency)
-        count = state["step"].double()  # not a number of Python's, for which a GPU would be waited for
         corrected: Tensor = utility / (1.0 - decay**count)
         return corrected
 

@@ -17,6 +17,7 @@ from clagrange.gaussian.sampling import WeightSampler
 from clagrange.interventions import Intervention
 from clagrange.interventions.hooked import Hooked
 from clagrange.optim import BGD, MESU, UPGD, EulerLagrange, StackedAdam, StackedMuon, StackedSGD
+from clagrange.optim.perceptron_sgd import hooks_of
 
 ORDINARY = 3
 """Steps before a capture: they make the optimizer's state and what libraries keep for themselves."""
@@ -58,7 +59,7 @@ def passes_replay(network: nn.Module, interventions: Sequence[Intervention]) -> 
     hooked = _hooked(interventions)
     modules = list(network.modules())
     known = sum(each.hooks for each in hooked if each.gathers is not None)
-    if known < sum(_hooks_of(module) for module in modules):
+    if known < sum(map(hooks_of, modules)):
         return False
     return all(_draws_replay(module) for module in modules if isinstance(module, GaussianLayer))
 
@@ -326,11 +327,6 @@ def _hooked(interventions: Sequence[Intervention]) -> list[Hooked]:
     """The interventions, and their detectors."""
     detectors = (intervention.detector for intervention in interventions)
     return [*interventions, *(detector for detector in detectors if detector is not None)]
-
-
-def _hooks_of(module: nn.Module) -> int:
-    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return sum(map(len, kinds))
 
 
 def _sampler_of(layer: GaussianLayer) -> WeightSampler | None:
