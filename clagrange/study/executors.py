@@ -70,6 +70,7 @@ def tasks_of(run: Run | Groups, job: Job, send: Callable[[Event], None]) -> Iter
         rows = {name: values[:, told : run.next_task].copy() for name, values in run.metrics.items()}
         send(("tasks", job, (told, rows)))
         told = run.next_task
+        send(("steps", job, steps))
         yield
 
 

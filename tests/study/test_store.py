@@ -258,9 +258,11 @@ def test_a_failed_run_is_reported_and_the_others_go_on(study, folder, monkeypatc
 LONGER = ["tasks=30", "examples=160"]
 
 
-def _go_on(path, out):
-    """What a process does that is killed."""
+def _go_on(path, out, together=None):
+    """What a process does that is killed, or that begins together with others."""
     study, folder = load_study(path, LONGER), Folder(Path(out))
+    if together is not None:
+        together.wait(timeout=120)
     folder.prepare(study, resume=True)
     run_study(study, folder, workers=1)
 
@@ -296,7 +298,7 @@ def test_twenty_kills_at_random_moments_leave_the_identical_numbers(study, folde
         process.start()
         while process.is_alive() and process.pid not in owners(folder).values():
             time.sleep(0.005)
-        time.sleep(moments.uniform(0.0, seconds / 15.0))
+        time.sleep(moments.uniform(0.0, seconds / 20.0))
         if not process.is_alive():
             break
         process.kill()
@@ -315,7 +317,8 @@ def test_two_processes_share_the_runs_of_a_folder(study, folder, tmp_path, forks
     path = str(tmp_path / "study.yaml")
     reference = load_study(path, LONGER)
     folder.prepare(reference)
-    processes = [forks.Process(target=_go_on, args=(path, str(folder.path))) for _ in range(2)]
+    together = forks.Barrier(2)
+    processes = [forks.Process(target=_go_on, args=(path, str(folder.path), together)) for _ in range(2)]
     for process in processes:
         process.start()
     seen = {}
