@@ -441,13 +441,13 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
     for name, buffer in stacked.named_buffers():
         buffer.data = torch.stack([named[name] for named in tensors])
     for name, module in stacked.named_modules():
-        for listed in _replica_lists(module):
+        for listed in lists_by_replica(module):
             copies = [copy.deepcopy(getattr(net.get_submodule(name), listed)) for net in networks]
             setattr(module, listed, [entry for entries in copies for entry in entries])
     return stacked
 
 
-def _replica_lists(module: nn.Module) -> tuple[str, ...]:
+def lists_by_replica(module: nn.Module) -> tuple[str, ...]:
     """Names of a module's attributes that are lists with an entry for each replica."""
     names: tuple[str, ...] = getattr(type(module), "replica_lists", ())
     return names
@@ -477,7 +477,7 @@ def unstack(network: nn.Module) -> list[nn.Module]:
         for tensor in (*single.parameters(), *single.buffers()):
             tensor.data = tensor.data[replica].clone()
         for module in single.modules():
-            for listed in _replica_lists(module):
+            for listed in lists_by_replica(module):
                 setattr(module, listed, [getattr(module, listed)[replica]])
         networks.append(single)
     return networks

@@ -27,9 +27,11 @@ _SMALL = 256
 """Width up to which a factor is inverted at every step where batches have no fewer rows."""
 _REFRESH = {"factored": 20, "exact": 10}
 """Default age at which the inverse of a factor is made anew."""
+_ROWS = {"outputs": "d", "inputs": "x"}
+"""Where `LowRank` has the rows of a factor."""
 _FADED = 0.5
 """Share of its damping with which, by default, an inverse is still used."""
-_COUNTERS = ("interval", "since_observation", "due", "current", "age", "damped")
+_COUNTERS = ("interval", "since_observation", "due", "current", "age", "damped", "merges")
 
 
 class LowRank(NamedTuple):
@@ -129,7 +131,8 @@ class KroneckerPrecision(Precision):
     temperature: Tensor
     prior_inputs: Tensor | None
     prior_outputs: Tensor | None
-    replica_lists = ("_age", "_damped")
+    replica_lists = tuple(f"_{name}" for name in _COUNTERS)
+    host_state = replica_lists
     input_solver: Tensor
     output_solver: Tensor
     input_damping: Tensor
@@ -172,36 +175,42 @@ class KroneckerPrecision(Precision):
         self._seen: Factors | LowRank | None = None
         self._rows: LowRank | None = None  # of the last step
         self._followed: dict[str, Tensor] = {}  # the inverses applied to these, where they followed them
-        self._interval = 1  # the first step is observed
-        self._since_observation = 0
-        self._due = True  # whatever the interval
-        self._current = False  # whether the inverses followed the last observation
-        self._age = [0] * (len(mean) if stacked else 1)  # of the inverses, in steps, in each replica
-        self._damped = [1.0] * len(self._age)  # what has not faded of their damping
+        replicas = len(mean) if stacked else 1  # each goes by itself, as it would alone
+        self._interval = [1] * replicas  # the first step is observed
+        self._since_observation = [0] * replicas
+        self._due = [True] * replicas  # whatever the interval
+        self._current = [False] * replicas  # whether the inverses followed the last observation
+        self._age = [0] * replicas  # of the inverses, in steps
+        self._damped = [1.0] * replicas  # what has not faded of their damping
+        self._merges = [False] * replicas  # whether the prior is consolidated
         self._axes: tuple[Any, Eigen, Eigen] | None = None
 
     # ------------------------------------------------------------------------------------------- learning
-    host_state = tuple(f"_{name}" for name in _COUNTERS)
-
     @property
     def observes(self) -> bool:
         """Whether the factors of the next step are wanted."""
-        return self._since_observation + 1 >= self._interval
+        return any(self._observed_after())
+
+    def _observed_after(self) -> list[int]:
+        """After how many steps the factors are observed in the next one, 0 where they are not."""
+        states = zip(self._since_observation, self._interval, strict=True)
+        return [steps + 1 if steps + 1 >= interval else 0 for steps, interval in states]
 
     @property
     def replay_key(self) -> Hashable:
         """After how many steps the factors are observed, 0 where they are not.
 
-        None in steps that invert them, and on a CPU, where steps look at numbers.
+        None in steps that invert them, where replicas differ, and on a CPU, where steps look at numbers.
         """
         if looking_is_free(self.inputs) or any(self._refreshes()):
             return None
-        return self._since_observation + 1 if self.observes else 0
+        steps = set(self._observed_after())
+        return steps.pop() if len(steps) == 1 else None
 
     def step_replayed(self) -> None:
         """Count on, as `relax` and `step` do elsewhere than on a CPU; factors that replays change tell nobody."""
         self._axes = None
-        self._since_observation = 0 if self.observes else self._since_observation + 1
+        self._count(self._observed_after())
         self._age = [age + 1 for age in self._age]
 
     def observe(self, curvature: Factors | LowRank | None, decay: Number = 0.0) -> None:
@@ -217,41 +226,48 @@ class KroneckerPrecision(Precision):
         An observation that is not finite changes neither factor (in that replica).
         """
         self._note_temperature(temperature)
-        seen, wanted = self._seen, self.observes
+        seen, observed = self._seen, self._observed_after()
         self._seen = None
         self._rows = seen if isinstance(seen, LowRank) else None
         self._followed = {}
-        self._since_observation += 1
-        if seen is None or not wanted:
+        if seen is None or not any(observed):
+            self._count([0] * len(observed))
             return
-        share = 1.0 - (1.0 - fraction) ** self._since_observation
-        self._since_observation = 0
+        self._count(observed)
         longest = self.refresh_every or _REFRESH[self.damping]
-        self._interval = self.observe_every or min(max(1, seen.examples // _EXAMPLES), longest)
+        interval = self.observe_every or min(max(1, seen.examples // _EXAMPLES), longest)
+        self._interval = [interval if now else own for now, own in zip(observed, self._interval, strict=True)]
+        steps: Number = observed[0]
+        if len(set(observed)) > 1:
+            device = fraction.device if isinstance(fraction, Tensor) else self.inputs.device
+            steps = torch.tensor(observed, dtype=self.inputs.dtype, device=device)
+        share = 1.0 - (1.0 - fraction) ** steps
         shown = seen
         seen, share = self._usable(seen, share)
         if not isinstance(share, Tensor) and share == 0.0:
             return
-        count = seen.x.shape[-2] if isinstance(seen, LowRank) else seen.rows
-        due, self._current = all(self._refreshes()), True
+        due = all(self._refreshes())
+        following = [side for side in ("outputs", "inputs") if self._can_follow(side, seen)]
+        able = [now > 0 and not merges for now, merges in zip(observed, self._merges, strict=True)]
+        states = zip(observed, able, self._current, strict=True)
+        self._current = [len(following) == 2 and can if now else was for now, can, was in states]
         for side in ("outputs", "inputs"):
             factor = getattr(self, side)
             if isinstance(seen, LowRank):
-                rows = seen.d if side == "outputs" else seen.x
-                self._add_rows(factor, rows, per_replica(share, factor))
+                self._add_rows(factor, getattr(seen, _ROWS[side]), per_replica(share, factor))
             else:
-                rows = None
                 weight = per_replica(share, factor)
                 weight = weight.to(factor) if isinstance(weight, Tensor) else weight
                 factor.lerp_(getattr(seen, side).to(factor.dtype), weight)
-            self._follow(side, rows, share, count, due)
-        if self._followed:
-            lost = (
-                share.tolist() if isinstance(share, Tensor) and share.dim() else [float(share)] * len(self._age)
-            )
-            self._damped = [left * (1.0 - part) for left, part in zip(self._damped, lost, strict=True)]
+            if side in following and any(able) and not due:
+                self._follow(side, seen, share, able)
         if seen is not shown:
             self._followed = {}  # a step by what is not finite is not to look finite
+
+    def _count(self, observed: list[int]) -> None:
+        """Count a step in which the factors of some replicas were observed."""
+        states = zip(observed, self._since_observation, strict=True)
+        self._since_observation = [0 if now else steps + 1 for now, steps in states]
 
     def _note_temperature(self, temperature: Number) -> None:
         value = per_replica(temperature, self.temperature)
@@ -301,33 +317,46 @@ class KroneckerPrecision(Precision):
         flat, many = (tensor.view(-1, *tensor.shape[-2:]) for tensor in (factor, rows.contiguous()))
         torch.baddbmm(flat, many.mT, many, beta=kept, alpha=added, out=flat)
 
-    def _follow(self, side: str, rows: Tensor | None, share: Number, count: int, due: bool) -> None:
-        """Keep the inverse of a factor current where that costs no more than to observe the factor.
+    def _can_follow(self, side: str, seen: Factors | LowRank) -> bool:
+        """Whether the inverse of a factor is kept current, which must cost no more than to observe the factor.
 
         By the rows of a small batch; of a small factor by inversion. Otherwise, and on a GPU, where looking
-        whether that is safe would be to wait, inverses stay as they are until the refresh; if that is ``due``
-        there is nothing to do.
+        whether that is safe would be to wait, inverses stay as they are until the refresh.
         """
-        factor, solver = getattr(self, side), getattr(self, f"{side[:-1]}_solver")
-        diagonal = self._diagonal(side)
-        direct = diagonal or factor.shape[-1] <= min(count, _SMALL)
-        here = looking_is_free(factor) and self.damping == "factored" and not self.consolidated
-        if not here or (rows is None and not direct):
-            self._current = False
-        elif due:
+        here = looking_is_free(self.inputs) and self.damping == "factored"
+        return here and (isinstance(seen, LowRank) or self._is_small(side, seen))
+
+    def _is_small(self, side: str, seen: Factors | LowRank) -> bool:
+        """Whether a factor is as quickly inverted as observed."""
+        count = seen.x.shape[-2] if isinstance(seen, LowRank) else seen.rows
+        return self._diagonal(side) or getattr(self, side).shape[-1] <= min(count, _SMALL)
+
+    def _follow(self, side: str, seen: Factors | LowRank, share: Number, replicas: list[bool]) -> None:
+        """Bring the inverse of a factor up to date in some replicas."""
+        factor, name = getattr(self, side), side[:-1]
+        solver, damping = getattr(self, f"{name}_solver"), getattr(self, f"{name}_damping")
+        if self._is_small(side, seen):
+            here = _places(replicas)
+            solver[here] = damped_inverse(factor[here], damping[here], self._diagonal(side))
             return
-        elif direct:
-            solver.copy_(damped_inverse(factor, getattr(self, f"{side[:-1]}_damping"), diagonal))
-        elif rows is not None:
-            self._followed[side] = follow(solver, rows, per_replica(share, factor))
+        assert isinstance(seen, LowRank)
+        if any(self._merges):
+            share = share * torch.tensor(replicas, dtype=factor.dtype, device=factor.device)
+        self._followed[side] = follow(solver, getattr(seen, _ROWS[side]), per_replica(share, factor))
+        if len(self._followed) == 1:  # once for both sides
+            lost = share.tolist() if isinstance(share, Tensor) and share.dim() else [float(share)] * len(replicas)
+            self._damped = [left * (1.0 - part) for left, part in zip(self._damped, lost, strict=True)]
 
     def _refreshes(self) -> list[bool]:
         """Whether the factors are inverted in the next step, in each replica."""
-        every, damped = self.refresh_every, 0.0
-        if every is None:
-            every, damped = _REFRESH[self.damping] * (self._interval if self._current else 1), _FADED
-        states = zip(self._age, self._damped, strict=True)
-        return [self._due or age + 1 >= every or left < damped for age, left in states]
+        fixed = self.refresh_every
+        every, faded = (_REFRESH[self.damping], _FADED) if fixed is None else (fixed, 0.0)
+        longest = [
+            every * interval if current and fixed is None else every
+            for current, interval in zip(self._current, self._interval, strict=True)
+        ]
+        states = zip(self._due, self._age, longest, self._damped, strict=True)
+        return [due or age + 1 >= most or left < faded for due, age, most, left in states]
 
     @property
     def needs_mean(self) -> bool:
@@ -399,10 +428,12 @@ class KroneckerPrecision(Precision):
                 late = [age * fresh for age, fresh in zip(ages, refreshed, strict=True)]
                 steps = per_replica(torch.tensor(late), gradient)
             back, way = self._apply_solver(pull), 1.0 - (1.0 - fraction) ** steps
-            if self.consolidated:  # merged factors may understate P: no further than to the optimum along the way
+            if any(self._merges):  # merged factors may understate P: no further than to the optimum along the way
                 held = prior_pull * temperature * self._times_prior(back)
                 optimum = self._product(back, pull) / self._product(back, held).clamp(min=tiny)
-                way = torch.minimum(optimum, torch.as_tensor(way, dtype=optimum.dtype, device=optimum.device))
+                way = torch.as_tensor(way, dtype=optimum.dtype, device=optimum.device).expand_as(optimum).clone()
+                here = _places(self._merges)
+                way[here] = torch.minimum(optimum[here], way[here])
             step -= way * back
         return step
 
@@ -414,11 +445,11 @@ class KroneckerPrecision(Precision):
 
     def _refresh(self, temperature: Number, replicas: list[bool]) -> None:
         """Invert the factors of some replicas."""
-        self._due = False
+        self._due = [False] * len(replicas)
         self._followed = {}
         damped = zip(self._damped, replicas, strict=True)
         self._damped = [1.0 if fresh else left for left, fresh in damped]
-        here: Any = ... if all(replicas) else [index for index, fresh in enumerate(replicas) if fresh]
+        here = _places(replicas)
         damping = per_replica(temperature, self.prior_precision) * self.prior_precision
         if self.damping == "exact":
             rows, columns = self._eigen()
@@ -514,10 +545,16 @@ class KroneckerPrecision(Precision):
         check_fraction("fraction", fraction)
         if rows is None and columns is None:
             self.outputs.mul_(1.0 - per_replica(fraction, self.outputs))
-        for side, mask in (("outputs", rows), ("inputs", columns)):
-            if mask is not None:
-                self._fade(getattr(self, side), side, mask, fraction)
-        self._due = True
+        changed = torch.as_tensor(fraction, device=self.outputs.device).expand(len(self._due)) > 0.0
+        masks = [(side, mask) for side, mask in (("outputs", rows), ("inputs", columns)) if mask is not None]
+        for side, mask in masks:
+            self._fade(getattr(self, side), side, mask, fraction)
+        if masks:
+            first = int(self.stacked)
+            changed = changed & torch.stack(
+                [mask.expand(*self.shape[:-2], mask.shape[-1]).flatten(first).any(-1) for _, mask in masks]
+            ).any(0)
+        self._due = [due or now for due, now in zip(self._due, changed.tolist(), strict=True)]
 
     def widen_part(self, fraction: Number, axes: Tensor | None, units: Tensor | None) -> None:
         """`widen` of some rows."""
@@ -545,7 +582,7 @@ class KroneckerPrecision(Precision):
         for factor in (self.outputs, self.inputs):
             factor.div_(per_replica(relaxed, factor))
         self._note_temperature(temperature)
-        self._due = True
+        self._due = [True] * len(self._due)
 
     def _fade(self, factor: Tensor, side: str, mask: Tensor, fraction: Number) -> None:
         """factor ← D·factor·D with D = √(1 − fraction) where ``mask`` is true, 1 elsewhere."""
@@ -581,8 +618,8 @@ class KroneckerPrecision(Precision):
         """G ⊗ A ← 0, to be observed and inverted in the next step."""
         self.outputs.zero_()
         self.inputs.zero_()
-        self._interval, self._since_observation = 1, 0
-        self._due = True
+        replicas = len(self._due)
+        self._interval, self._since_observation, self._due = [1] * replicas, [0] * replicas, [True] * replicas
 
     # ------------------------------------------------------------------------------------------- the prior
     def consolidate(self, mean: Tensor, weight: Number = 1.0) -> None:
@@ -592,6 +629,7 @@ class KroneckerPrecision(Precision):
         self._centre_prior(mean)
         self.prior_outputs = per_replica(weight, outputs) * outputs
         self.prior_inputs = inputs.clone()
+        self._merges = [True] * len(self._merges)
         self._forget()
 
     def kl(self, mean: Tensor) -> Tensor:
@@ -633,6 +671,7 @@ class KroneckerPrecision(Precision):
     def _return_to_origin(self) -> None:
         super()._return_to_origin()
         self.prior_outputs = self.prior_inputs = None
+        self._merges = [False] * len(self._merges)
 
     # ----------------------------------------------------------------------------------------- its factors
     @property
@@ -675,8 +714,6 @@ class KroneckerPrecision(Precision):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what `get_extra_state` gave."""
-        if "since_refresh" in state:  # of an older version
-            state = {**state, "age": [state["since_refresh"]] * len(self._age)}
         for name in _COUNTERS:
             if name in state:
                 setattr(self, f"_{name}", copy.copy(state[name]))
@@ -691,6 +728,11 @@ class KroneckerPrecision(Precision):
             f"{', '.join(sides)}, damping={self.damping!r}, observe_every={self.observe_every}, "
             f"refresh_every={self.refresh_every}"
         )
+
+
+def _places(replicas: list[bool]) -> Any:
+    """The index of some replicas; of all without a copy."""
+    return ... if all(replicas) else [place for place, chosen in enumerate(replicas) if chosen]
 
 
 def _mean_eigenvalue(factor: Tensor, precision: KroneckerPrecision) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clagrange.replicas import lists_by_replica
+
 if TYPE_CHECKING:
     from clagrange.interventions.base import Intervention
 
@@ -38,6 +40,11 @@ def only_replicas(
         for module in network.modules()
         for name, buffer in module._buffers.items()
     ]
+    lists = [
+        (module, name, list(getattr(module, name)))
+        for module in network.modules()
+        for name in lists_by_replica(module)
+    ]
     optimizer_state = {parameter: _copied(state) for parameter, state in optimizer.state.items()}
     state = copy.deepcopy(intervention.state)
     generators: Any = intervention.generators
@@ -48,6 +55,9 @@ def only_replicas(
             _restore(parameter.data, start, keep)
         for module, name, earlier in buffers:
             _restore_buffer(module, name, earlier, keep)
+        for module, name, listed in lists:
+            now = zip(getattr(module, name), listed, keep.tolist(), strict=True)
+            setattr(module, name, [earlier if stays else new for new, earlier, stays in now])
         for trained, entries in optimizer_state.items():
             _restore_entries(optimizer.state[trained], entries, keep)
         _restore_entries(intervention.state, state, keep)

@@ -278,7 +278,7 @@ def test_the_pull_is_that_of_the_exact_prior(form: dict) -> None:
             dense(precision), gradient.flatten() / T + pull * force
         )
         close(step.flatten(), expected)
-        precision._due = True
+        precision._due = [True]
 
 
 def test_without_pull_the_prior_does_not_hold_the_mean() -> None:

@@ -439,7 +439,7 @@ def test_full_relaxation_is_the_equilibrium() -> None:
 
 def test_an_observation_now_and_then_stands_for_all_steps_since() -> None:
     seldom, always = learned(observe_every=3)[1], learned()[1]
-    seldom._since_observation = 0
+    seldom._since_observation = [0]
     asked = []
     for step in range(7):
         asked.append(seldom.observes)
@@ -450,6 +450,23 @@ def test_an_observation_now_and_then_stands_for_all_steps_since() -> None:
         if step % 3 == 2:
             close(dense(seldom), dense(always))
     assert asked == [False, False, True] * 2 + [False]
+
+
+def test_only_replicas_that_are_changed_are_inverted_anew() -> None:
+    mean = torch.zeros(2, 3, 4, dtype=torch.float64)
+    precision = KroneckerPrecision(mean, stacked=True, refresh_every=100)
+    first_unit = torch.zeros(2, 3, 4, dtype=torch.bool)
+    first_unit[1, 0] = True
+    for change, expected in (
+        (lambda: None, [False, False]),
+        (lambda: precision.reset(first_unit), [False, True]),
+        (lambda: precision.reset(first_unit & False), [False, False]),
+        (lambda: precision.widen(torch.tensor([0.5, 0.0])), [True, False]),
+        (lambda: precision.widen(0.5), [True, True]),
+    ):
+        precision.displacement(mean, torch.ones_like(mean), lr=0.1, temperature=T)
+        change()
+        assert precision._refreshes() == expected
 
 
 def inverses(precision: KroneckerPrecision) -> tuple[Tensor, Tensor]:

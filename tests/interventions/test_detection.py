@@ -276,14 +276,31 @@ def test_only_the_replica_in_which_a_switch_is_noticed_is_changed() -> None:
         assert torch.equal(generator.get_state(), state) == (r != 1)
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "kronecker"])
-def test_replicas_may_be_consolidated_and_start_over_at_different_times(kind: str) -> None:
-    """Replica 0 is consolidated at step 4 and starts over at 8, replica 1 is consolidated at 8."""
-    deeds = {4: (Consolidation(), 0), 8: (Consolidation(), 1), 9: (FullReset(seed=3), 0)}
+@pytest.mark.parametrize(
+    ("structure", "size"),
+    [
+        ("diagonal", 8),
+        (Kronecker(refresh_every=1, observe_every=1), 8),
+        (Kronecker(), 4),
+        (Kronecker(), 8),
+        (Kronecker(), 64),
+        (Kronecker(damping="exact", observe_every=3), 64),
+    ],
+)
+def test_replicas_may_be_changed_at_different_times(structure: str | Kronecker, size: int) -> None:
+    """Each is as it would be alone, whatever is done to the other."""
+    wider = VarianceInjection(0.0, widen=0.3)
+    deeds = {
+        3: (wider, 1),
+        5: (Consolidation(), 0),
+        11: (Consolidation(), 1),
+        13: (FullReset(seed=3), 0),
+        18: (wider, 0),
+    }
 
     def train(net, optimizer, replica: int | None) -> None:
-        for step in range(14):
-            batches = [batch(50 * r + step) for r in range(2)]
+        for step in range(24):
+            batches = [batch(50 * r + step, size) for r in range(2)]
             data = (
                 [torch.stack(part) for part in zip(*batches, strict=True)]
                 if replica is None
@@ -301,7 +318,6 @@ def test_replicas_may_be_consolidated_and_start_over_at_different_times(kind: st
                 elif replica == who:
                     method.on_switch(net, optimizer)
 
-    structure = Kronecker(refresh_every=1, observe_every=1) if kind == "kronecker" else "diagonal"
     stacked = replicas.stack([gaussianize(mlp(seed), structure) for seed in range(2)])
     train(stacked, EulerLagrange(stacked, lr=0.02, temperature=1e-2), None)
     for r, mine in enumerate(replicas.unstack(stacked)):
