@@ -191,6 +191,7 @@ def _compare(chosen: Namespace, console: Console) -> int:
             write_output(folder, status="interrupted", console=console)
         return _fail(str(error), 1)
     with folder.alone():
+        folder.require(study)
         write_output(folder, status="complete", results=results, console=console)
     return 0
 

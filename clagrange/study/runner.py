@@ -125,6 +125,7 @@ def run_study(
     Raises:
         Interrupted: on Ctrl-C.
         RunsFailed: if runs failed; all others are finished by then.
+        SettingsError: if another process has begun with other settings in the folder.
     """
     runs = study.runs()
     waiting = [job for job in runs if not folder.result(*job).exists()]
@@ -158,7 +159,7 @@ def run_study(
         looked, told = -OTHERS_SECONDS, False
         while waiting or running:
             if waiting and len(running) < chosen.workers and time.monotonic() - looked >= OTHERS_SECONDS:
-                others = _take(folder, chosen, waiting, running, progress)
+                others = _take(study, folder, chosen, waiting, running, progress)
                 if others:
                     looked = time.monotonic()
                 if others and not running and not told:
@@ -179,18 +180,25 @@ def run_study(
     folder.tidy()
     if failed:
         raise RunsFailed(failed)
-    return stored_results(folder, runs)
+    with folder.alone():
+        folder.require(study)
+        return stored_results(folder, runs)
 
 
 def _take(
-    folder: Folder, executor: Executor, waiting: list[Job], running: set[Job], progress: Progress
+    study: Study,
+    folder: Folder,
+    executor: Executor,
+    waiting: list[Job],
+    running: set[Job],
+    progress: Progress,
 ) -> list[str]:
     """Start what is free, as far as there are workers; which processes have the rest."""
     others = []
     for job in list(waiting):
         if len(running) >= executor.workers:
             return []
-        holder = None if folder.result(*job).exists() else folder.take(job)
+        holder = None if folder.result(*job).exists() else folder.take(job, study)
         if holder is not None:
             others.append(holder)
             continue

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import clagrange
 from clagrange.study.engine import Run, read_checkpoint
-from clagrange.study.files import FileProblem, locked, remove_leftovers, replacing, require_writable
+from clagrange.study.files import PARTIAL, FileProblem, locked, remove_leftovers, replacing, require_writable
 from clagrange.study.groups import Groups
 from clagrange.study.machine import beginning_of, lives, this_host
 from clagrange.study.problems import SettingsError
@@ -217,37 +218,74 @@ class Folder:
                 worked on with other settings, or holds unfinished runs of another version.
             FileProblem: if it cannot be written.
         """
-        used = self.path.is_dir() and any(self.path.iterdir())
         if self.path.exists() and not self.path.is_dir():
             raise SettingsError(f"out: expected a folder, got the file {self.path}")
-        if used and not self.config.exists():
-            raise SettingsError(f"out: {self.path} holds files that no study made; choose another folder")
-        if used and not (resume or overwrite or fresh):
-            raise SettingsError(
-                f"out: {self.path} already holds a study; choose another folder, or go on with --resume, "
-                f"or replace it with --overwrite"
-            )
-        text = yaml.safe_dump(study.resolved(), sort_keys=False)
-        if used:
-            self._refuse_strangers(text, overwrite)
-        if used and overwrite:
-            try:
-                shutil.rmtree(self.path)
-            except OSError as error:
-                raise SettingsError(f"out: {self.path} cannot be replaced ({error.strerror})") from error
+        self._refuse_foreign_files()
         require_writable(self.path)
         with self.alone():
+            used = self.config.exists()
+            if used and not (resume or overwrite or fresh):
+                raise SettingsError(
+                    f"out: {self.path} already holds a study; choose another folder, or go on with --resume, "
+                    f"or replace it with --overwrite"
+                )
+            if used:
+                self._refuse_strangers(study, overwrite)
             remove_leftovers(self.path)
-            if used and not overwrite:
+            if used and overwrite:
+                self._clear()
+            elif used:
                 self._sort_out(study, fresh, say)
             with replacing(self.config) as partial:
-                partial.write_text(text)
+                partial.write_text(yaml.safe_dump(study.resolved(), sort_keys=False))
 
-    def _refuse_strangers(self, text: str, overwrite: bool) -> None:
+    def require(self, study: Study) -> None:
+        """Raise unless the folder still holds the study, to be asked `alone`.
+
+        Between two runs of a process another one may begin with other settings.
+
+        Raises:
+            SettingsError: that says so.
+        """
+        if not self._holds(study):
+            raise SettingsError(
+                f"out: another process has begun with other settings in {self.path}; what was finished is in "
+                f"{self.path / 'results' / 'earlier'}; go on in another folder, or with --resume once it is done"
+            )
+
+    def _holds(self, study: Study) -> bool:
+        """Whether the settings in the folder are those of a study."""
+        with contextlib.suppress(OSError, yaml.YAMLError):
+            return bool(
+                yaml.safe_load(self.config.read_text()) == yaml.safe_load(yaml.safe_dump(study.resolved()))
+            )
+        return False
+
+    def _refuse_foreign_files(self) -> None:
+        """Raise where files lie in the folder, but no study; another process may be about to begin one."""
+        ours = re.compile(rf"locks|\..*\.{PARTIAL}.*")
+        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        if not all(map(ours.fullmatch, names)) and not self.config.exists():
+            raise SettingsError(f"out: {self.path} holds files that no study made; choose another folder")
+
+    def _clear(self) -> None:
+        """Remove all but the guard that this process holds."""
+        for path in [*self.path.glob("locks/*.json"), *self.path.iterdir()]:
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    if path.name != "locks":
+                        shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except OSError as error:
+                raise SettingsError(f"out: {path} cannot be replaced ({error.strerror})") from error
+
+    def _refuse_strangers(self, study: Study, overwrite: bool) -> None:
         """Raise where another process is at work in the folder and would be disturbed."""
+        same = self._holds(study)
         for lock in _locks(self.path / "locks"):
             holder = _holder(lock)
-            if holder is not None and (overwrite or self.config.read_text() != text):
+            if holder is not None and (overwrite or not same):
                 why = "which --overwrite would remove" if overwrite else "with other settings"
                 raise SettingsError(
                     f"out: {holder} is at work in {self.path}, {why}; wait for it or choose another folder (if "
@@ -373,9 +411,14 @@ class Folder:
                     with contextlib.suppress(OSError):  # another process has come
                         guard.parent.rmdir()
 
-    def take(self, job: Job) -> str | None:
-        """Take a run for this process; or say which living process has it."""
+    def take(self, job: Job, study: Study) -> str | None:
+        """Take a run of a study for this process; or say which living process has it.
+
+        Raises:
+            SettingsError: if the folder has become that of another study.
+        """
         with self.alone():
+            self.require(study)
             holder = _holder(self.lock(*job))
             if holder is None:
                 with replacing(self.lock(*job)) as partial:

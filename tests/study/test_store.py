@@ -7,7 +7,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +199,7 @@ def test_a_run_is_taken_by_one_living_process(study, folder):
     lock = {"host": this_host(), "pid": process.pid, "started": beginning_of(process.pid)}
     folder.lock(*SGD).parent.mkdir()
     folder.lock(*SGD).write_text(json.dumps(lock))
-    assert folder.take(SGD) == f"process {process.pid} on {this_host()}"
+    assert folder.take(SGD, study()) == f"process {process.pid} on {this_host()}"
     with pytest.raises(SettingsError, match=rf"process {process.pid} on .*with other settings"):
         folder.prepare(study("sgd.lr=0.2"), resume=True)
     with pytest.raises(SettingsError, match="which --overwrite would remove"):
@@ -205,20 +207,53 @@ def test_a_run_is_taken_by_one_living_process(study, folder):
     folder.prepare(study(), resume=True)
     process.kill()
     process.wait()
-    assert folder.take(SGD) is None
-    assert folder.take(SGD) is not None  # by this process
+    assert folder.take(SGD, study()) is None
+    assert folder.take(SGD, study()) is not None  # by this process
     folder.release(SGD)
     folder.lock(*SGD).parent.mkdir(exist_ok=True)
     folder.lock(*SGD).write_text(json.dumps({"host": this_host(), "pid": os.getpid(), "started": "1"}))
-    assert folder.take(SGD) is None  # the number belongs to another process now
+    assert folder.take(SGD, study()) is None  # the number belongs to another process now
     folder.lock(*SGD).write_text(json.dumps({**lock, "host": "elsewhere"}))
-    assert folder.take(SGD) == f"process {process.pid} on elsewhere"
+    assert folder.take(SGD, study()) == f"process {process.pid} on elsewhere"
     folder.release(SGD)
     assert folder.lock(*SGD).exists()
     folder.lock(*SGD).unlink()
-    assert folder.take(SGD) is None
+    assert folder.take(SGD, study()) is None
     folder.release(SGD)
     assert not (folder.path / "locks").exists()
+
+
+def test_a_study_that_another_one_has_replaced_does_not_go_on(study, folder):
+    folder.prepare(study())
+    folder.prepare(study("sgd.lr=0.2"), resume=True)  # nobody is at work yet
+    with pytest.raises(SettingsError, match=r"another process has begun with other settings"):
+        run_study(study(), folder, workers=1)
+    assert not folder.result(*SGD).exists()
+    results = run_study(study("sgd.lr=0.2"), folder, workers=1)
+    assert results[0].origin["settings"]["method"]["lr"] == 0.2
+    assert not (folder.path / "locks").exists()
+
+
+def test_processes_may_begin_a_study_at_the_same_moment(study, tmp_path):
+    same = study()
+    together = threading.Barrier(2)
+
+    def begin(folder):
+        together.wait()
+        folder.prepare(same, resume=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for attempt in range(30):
+            list(pool.map(begin, [Folder(tmp_path / str(attempt))] * 2))
+
+
+def test_overwriting_leaves_nothing_of_what_was_there(study, folder):
+    prepared_and_run(study(), folder)
+    (folder.path / "report.html").touch()
+    (folder.path / "locks").mkdir()
+    (folder.path / "locks" / "permuted_digits.sgd.json").write_text("{}")
+    folder.prepare(study(), overwrite=True)
+    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]
 
 
 def test_what_another_living_process_writes_is_left_alone(tmp_path):
