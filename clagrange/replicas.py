@@ -6,6 +6,7 @@ case. R stacked networks compute what R separate networks compute.
 """
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,22 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 
 # ---------------------------------------------------------------------------------------- random streams
-def generators_from_seeds(seeds: int | Sequence[int], device: torch.device | str = "cpu") -> Generators:
-    """One generator for one seed, a list of generators for a sequence of seeds."""
-    if isinstance(seeds, int):
-        return torch.Generator(device).manual_seed(seeds)
-    return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+def generators_from_seeds(
+    seeds: int | Sequence[int], device: torch.device | str = "cpu", *, purpose: str = ""
+) -> Generators:
+    """One generator for one seed, a list of generators for a sequence of seeds.
+
+    Args:
+        seeds: of the streams.
+        device: of the generators.
+        purpose: what is drawn. Streams of one seed are independent where it differs: what is drawn later with the
+            seed of a network must not be what its initial weights are.
+    """
+    if not isinstance(seeds, int):
+        return [generators_from_seeds(int(seed), device, purpose=purpose) for seed in seeds]  # type: ignore[misc]
+    if purpose:
+        seeds = int.from_bytes(hashlib.sha256(f"{purpose} {seeds}".encode()).digest()[:8]) >> 1
+    return torch.Generator(device).manual_seed(seeds)
 
 
 def generator_of(generators: Generators | None, replica: int) -> torch.Generator | None:

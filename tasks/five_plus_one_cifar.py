@@ -57,6 +57,8 @@ class FivePlusOneCIFAR(ImageStream):
         ),
     }
 
+    equally_hard = False
+
     def __init__(
         self,
         source: str = "cifar100",

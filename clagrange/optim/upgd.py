@@ -163,7 +163,7 @@ class UPGD(CheckedOptimizer):
             seed = self._seed
             if self._stacked() and isinstance(seed, int):
                 seed = [seed + replica for replica in range(len(parameter))]
-            self._generators = generators_from_seeds(seed, parameter.device)
+            self._generators = generators_from_seeds(seed, parameter.device, purpose="UPGD")
             if self._streams is not None:
                 for generator, state in zip(_listed(self._generators), self._streams, strict=True):
                     generator.set_state(state.cpu().clone())  # torch 2.13 crashes on a part of a tensor

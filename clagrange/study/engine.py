@@ -31,13 +31,13 @@ from clagrange.study.results import AFTER_A_TASK, BEFORE_A_TASK, BY_LAYER, METRI
 from clagrange.tasks import Task, TaskStream
 
 PROBE = 256
-"""Examples of a task on which the network is measured."""
+"""Examples of a task, drawn at random once for all, on which the network is measured."""
 
 MATRIX_TASKS = 50
 """Number of tasks up to which the accuracy on the test examples of every task is measured after every task."""
 
 TEST = 1_000
-"""Test examples of a task on which accuracy is measured."""
+"""Test examples of a task, drawn likewise, on which accuracy is measured."""
 
 TOGETHER = 32
 """Batches whose predictions are counted in one go."""
@@ -407,7 +407,7 @@ class Run(Resumable):
             yield inputs, targets.to(self.dtype) if targets.is_floating_point() else targets
 
     def _measure(self, tasks: Sequence[Task], names: Sequence[str]) -> None:
-        """Note measures of the network on the first examples of a task, off the clock."""
+        """Note measures of the network on examples of a task, off the clock."""
         inputs, targets = self._probe(tasks)
         found = measure(
             self.network,
@@ -432,12 +432,13 @@ class Run(Resumable):
 
     @torch.no_grad()
     def _accuracy(self, tasks: Sequence[Task], examples: int) -> Tensor:
-        """The accuracy of each replica on the first examples of its task."""
-        counts = torch.tensor([min(examples, len(task.targets)) for task in tasks], device=self.device)
+        """The accuracy of each replica on examples of its task."""
+        drawn = [_sample(len(task.targets), examples) for task in tasks]
+        counts = torch.tensor([len(rows) for rows in drawn], device=self.device)
         places = torch.arange(int(counts.max()), device=self.device)
         rows = [
-            places.clamp(max=int(count) - 1) for count in counts
-        ]  # the last stands in where there are no more
+            row[places.to(row.device).clamp(max=len(row) - 1)] for row in drawn
+        ]  # the last stands in for more
         parts = zip(*(task.batch(row) for task, row in zip(tasks, rows, strict=True)), strict=True)
         inputs, targets = map(torch.stack, parts)
         with evaluating(self.network):
@@ -446,8 +447,8 @@ class Run(Resumable):
         return right.sum(-1).double() / counts
 
     def _probe(self, tasks: Sequence[Task]) -> tuple[Tensor, Tensor]:
-        """The first examples that each replica is trained on in a task: inputs (R, N, ...), targets (R, N)."""
-        rows = torch.arange(min(PROBE, len(tasks[0].targets)))
+        """Examples that each replica is trained on in a task: inputs (R, N, ...), targets (R, N)."""
+        rows = _sample(len(tasks[0].targets), PROBE)
         parts = zip(*(task.batch(rows) for task in tasks), strict=True)
         inputs, targets = (torch.stack(part).to(self.device) for part in parts)
         return inputs.to(self.dtype), targets.to(self.dtype) if targets.is_floating_point() else targets
@@ -525,6 +526,17 @@ class Run(Resumable):
             elapsed=np.array(self._elapsed),
             origin=origin,
         )
+
+
+@functools.cache
+def _sample(total: int, wanted: int) -> Tensor:
+    """The places of so many examples, the same for every method; all in their order where there are no more.
+
+    Many tasks have their examples class by class, so that the first ones would be of one class.
+    """
+    if total <= wanted:
+        return torch.arange(total)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:wanted]
 
 
 def _is_turn(done: int, every: int | None) -> bool:

@@ -9,6 +9,7 @@ from cases import mlp, train
 from clagrange import replicas
 from clagrange.interventions.base import forget_entries
 from clagrange.optim import UPGD
+from clagrange.replicas import generators_from_seeds
 
 WEIGHTS = [[0.5, -1.0, 2.0], [1.5, 0.25, -0.75]]
 GRADIENTS = [[[0.2, 0.4, -0.1], [-0.3, 0.0, 0.6]], [[-0.5, 0.1, 0.3], [0.2, -0.2, 0.1]]]
@@ -35,7 +36,7 @@ def published(scope: str, protecting: bool, noises: list) -> list[list[float]]:
 @pytest.mark.parametrize("scope", ["global", "local"])
 @pytest.mark.parametrize("protecting", [True, False])
 def test_published_update_by_hand(scope: str, protecting: bool) -> None:
-    generator = torch.Generator().manual_seed(3)
+    generator = generators_from_seeds(3, purpose="UPGD")
     noises = [torch.randn(2, 3, generator=generator, dtype=torch.float64).tolist() for _ in range(2)]
     weight = torch.nn.Parameter(torch.tensor(WEIGHTS, dtype=torch.float64))
     optimizer = UPGD(

@@ -355,6 +355,41 @@ def test_outputs_that_take_no_part_are_left_alone(name):
             assert torch.equal(moved, shown.task(0).classes)
 
 
+def test_examples_that_are_measured_are_of_all_classes(monkeypatch):
+    """Those of a task lie class by class."""
+    monkeypatch.setattr(engine, "PROBE", 40)
+    monkeypatch.setattr(engine, "TEST", 40)
+    streams = [SplitClasses(source="digits", tasks=2, classes_per_task=5, batch_size=8, seed=s) for s in range(2)]
+    run = Run(METHODS["sgd"](lr=0.0), streams, [8])
+    tasks = run._tasks(0)
+    for task, targets in zip(tasks, run._probe(tasks)[1], strict=True):
+        assert len(targets) == 40
+        assert set(targets.tolist()) == set(task.targets.tolist())
+        assert len(set(task.targets[:40].tolist())) < 5
+    with torch.no_grad():
+        for replica, task in enumerate(tasks):  # always answers the first class
+            run.network[-1].weight.zero_()
+            run.network[-1].bias[replica, int(task.test.targets[0])] = 1e3
+    assert (run._accuracy([task.test for task in tasks], 40) < 0.5).all()
+
+
+def test_what_an_intervention_draws_is_not_what_the_weights_began_with():
+    for name, settings in (
+        ("fresh_network", {}),
+        ("shrink_and_perturb", {"shrink": 0.0, "noise": 1.0, "every": "switch", "perturbation": "initial"}),
+        ("euler_lagrange_injection", {"strength": 1.0}),
+    ):
+        run = Run(METHODS[name](**settings), [stream(seed) for seed in range(2)], [64])
+        begun = run.network[1].weight.detach().clone()
+        (method,) = run.interventions
+        method.on_start(run.network, run.optimizer)
+        method.on_switch(run.network, run.optimizer)
+        drawn = run.network[1].weight.detach() - (begun if name == "shrink_and_perturb" else 0.0)
+        for replica in range(2):
+            both = torch.stack([begun[replica].flatten(), drawn[replica].flatten()])
+            assert abs(float(torch.corrcoef(both)[0, 1])) < 0.1, name
+
+
 def test_hidden_switches_are_told_to_nobody():
     runs = {}
     for drift in ("gradual", "abrupt"):

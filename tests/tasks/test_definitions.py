@@ -191,6 +191,7 @@ def test_incremental_cifar_augments_training_images_anew_in_each_epoch(root: str
 
 def test_five_plus_one_cifar_is_hard_and_easy_by_turns(root: str) -> None:
     stream = FivePlusOneCIFAR(IMAGES, tasks=4, examples=50, batch_size=10, root=root, seed=3)
+    assert not stream.equally_hard
     seen: list[int] = []
     for number, task in enumerate(stream):
         assert task.targets.tolist() == true_classes(task, root)

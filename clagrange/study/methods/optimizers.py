@@ -188,7 +188,7 @@ class IVON(Method):
 def _draw_weights(network: nn.Module, prior_variance: Number, seeds: int | Sequence[int]) -> None:
     """Make a network Gaussian, with a draw of its weights for every batch."""
     gaussianize(network, Diagonal("sampled", sampling="batch"), prior_variance=prior_variance)
-    set_sampling(network, "batch", generators_from_seeds(seeds))
+    set_sampling(network, "batch", generators_from_seeds(seeds, purpose="weights drawn"))
 
 
 @dataclass(frozen=True)
