@@ -286,7 +286,7 @@ def _tune(chosen: Namespace, console: Console) -> int:
 
     from clagrange.study.files import replacing, require_writable
     from clagrange.study.problems import SettingsError
-    from clagrange.study.search import run_search, study_of_winners
+    from clagrange.study.search import MethodsFailed, run_search, study_of_winners
     from clagrange.study.search_file import load_search
 
     torch.set_num_threads(1)
@@ -301,16 +301,21 @@ def _tune(chosen: Namespace, console: Console) -> int:
     device = _study_device(chosen.device)
     search = load_search(chosen.config, left_out=lambda reason: _say(f"left out: {reason}"))
     require_writable(winners.parent)
-    report = run_search(
-        search,
-        out,
-        lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
-        device,
-    )
-    with replacing(winners) as partial:
-        partial.write_text(study_of_winners(search, report), encoding="utf-8")
-    console.print(f"winners: {winners}", highlight=False, markup=False, soft_wrap=True)
-    return 0
+    failed: str | None = None
+    try:
+        report = run_search(
+            search,
+            out,
+            lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+            device,
+        )
+    except MethodsFailed as error:
+        report, failed = error.report, str(error)
+    if any(body["methods"] for body in report["streams"].values()):
+        with replacing(winners) as partial:
+            partial.write_text(study_of_winners(search, report), encoding="utf-8")
+        console.print(f"winners: {winners}", highlight=False, markup=False, soft_wrap=True)
+    return 0 if failed is None else _fail(failed, 1)
 
 
 def _say(line: str) -> None:

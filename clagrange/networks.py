@@ -309,20 +309,28 @@ def build(
     return NETWORKS[kind](input_shape, outputs, seed=seed, **chosen)
 
 
-def initialize(network: nn.Module, generators: Generators | None = None) -> None:
+def initialize(network: nn.Module, generators: Generators | None = None, *, frozen: bool = True) -> None:
     """Draw fresh weights in place, each replica's from its own random stream.
 
     Linear and convolution weights: He-uniform, U(±√(6 / fan_in)), biases 0 (He et al. 2015). Normalisation
     layers: scale 1, shift 0, running statistics as new.
 
+    Args:
+        network: of linear, convolution and normalisation layers, single or stacked.
+        generators: random streams, one for each replica.
+        frozen: whether that goes for frozen parameters too, and for normalisation layers all of whose are.
+
     Raises:
         ValueError: for a layer with parameters of another kind; it is named.
     """
     for parameter, fresh in fresh_parameters(network, generators):
-        parameter.data.copy_(fresh)
+        if frozen or parameter.requires_grad:
+            parameter.data.copy_(fresh)
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.reset_running_stats()
+            trained = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+            if frozen or any(trained) or not trained:
+                module.reset_running_stats()
 
 
 def fresh_parameters(network: nn.Module, generators: Generators | None = None) -> Iterator[tuple[Tensor, Tensor]]:

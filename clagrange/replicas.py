@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clagrange._checks import Number, per_replica
 from clagrange._magnitudes import add_outer_product
+from clagrange._modes import under_torch_func
 
 Generators = torch.Generator | Sequence[torch.Generator]
 """One random stream, or one for each replica."""
@@ -86,7 +87,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     trains = (
         torch.is_grad_enabled() and weight.requires_grad and not torch.is_autocast_enabled(weight.device.type)
     )
-    if trains and torch._C._functorch.peek_interpreter_stack() is None:
+    if trains and not under_torch_func():
         product: Tensor = _StackedProduct.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     else:
         product = stacked_product(flat, weight, bias)

@@ -141,7 +141,8 @@ class ShrinkAndPerturb(InterventionStrategy, of=interventions.ShrinkAndPerturb):
 class UPGD(SupervisedTemplate):  # type: ignore[misc]
     """Utility-based perturbed gradient descent; not told of switches.
 
-    For what the settings are, and the source, see `clagrange.optim.UPGD`.
+    For what the settings are, and the source, see `clagrange.optim.UPGD`. The `InterventionPlugin` in the
+    attribute ``interventions`` carries none; with it a loaded state of the optimizer is gone on with.
 
     Args:
         model: the network.
@@ -152,6 +153,7 @@ class UPGD(SupervisedTemplate):  # type: ignore[misc]
         scope: "global" or "local".
         protecting: whether useful weights are also held against the gradient.
         seed: of the random stream.
+        plugins: further Avalanche plugins.
         base_kwargs: further arguments of Avalanche's ``SupervisedTemplate``.
 
     Raises:
@@ -174,9 +176,13 @@ class UPGD(SupervisedTemplate):  # type: ignore[misc]
         scope: str = "global",
         protecting: bool = True,
         seed: int = 0,
+        plugins: Sequence[Any] | None = None,
         **base_kwargs: Any,
     ) -> None:
+        self.interventions = InterventionPlugin()
         optimizer = optim.UPGD(
             model.parameters(), lr, noise, decay, weight_decay, scope=scope, protecting=protecting, seed=seed
         )
-        super().__init__(model=model, optimizer=optimizer, **base_kwargs)
+        super().__init__(
+            model=model, optimizer=optimizer, plugins=[*(plugins or []), self.interventions], **base_kwargs
+        )

@@ -27,6 +27,7 @@ class StreamDataModule(pl.LightningDataModule):
               data.start(number)
               pl.Trainer(max_epochs=stream.epochs, callbacks=callbacks).fit(model, data)
 
+      One Trainer can fit several tasks too, if its ``fit_loop.max_epochs`` is raised for each.
     - "reload": one Trainer, whose epochs are the epochs of the first task, then of the second, and so on.
       Training ends with the stream. ``reload_dataloaders_every_n_epochs`` may be set and is not needed.
     - "endless": one Trainer with one epoch that goes through all tasks; batches carry the number of the task.
@@ -57,6 +58,8 @@ class StreamDataModule(pl.LightningDataModule):
         self.stream = stream
         self.mode = mode
         self._task = 0
+        self._chosen = True
+        self._batches_before = 0
 
     @property
     def current_task(self) -> int:
@@ -101,14 +104,21 @@ class StreamDataModule(pl.LightningDataModule):
         if not 0 <= number < self.stream.tasks:
             raise IndexError(f"number: expected a task from 0 to {self.stream.tasks - 1}, got {number}")
         self._task = number
+        self._chosen = True
+
+    def setup(self, stage: str) -> None:
+        """Note how many batches the Trainer had finished before a task that was just chosen."""
+        if stage == "fit" and (self._chosen or self.trained_batches < self._batches_before):
+            self._chosen = False
+            self._batches_before = self.trained_batches
 
     def train_dataloader(self) -> "StreamLoader":
         """The batches from where the stream stands."""
         return StreamLoader(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Mode and task; the position is in Lightning's own counters."""
-        return {"mode": self.mode, "task": self._task}
+        """Mode, task, and batches before it; the position is in Lightning's own counters."""
+        return {"mode": self.mode, "task": self._task, "batches_before": self._batches_before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.
@@ -121,6 +131,7 @@ class StreamDataModule(pl.LightningDataModule):
                 f"mode: expected {state_dict['mode']!r}, with which the checkpoint was saved, got {self.mode!r}"
             )
         self._task = state_dict["task"]
+        self._batches_before = state_dict.get("batches_before", 0)  # checkpoints of a Trainer per task have none
 
 
 class StreamLoader:
@@ -142,7 +153,7 @@ class StreamLoader:
         first, end = data.trained_batches, stream.total_steps
         if data.mode == "task":
             before, end = stream.first_step(data._task), stream.first_step(data._task + 1)
-            first = before + first % (end - before)
+            first = before + (first - data._batches_before) % (end - before)
         if first >= end:
             self._end_training()
             return

@@ -171,7 +171,8 @@ def decaying_path(
 ) -> tuple[Tensor, Tensor]:
     """Optimal path under weight decay, f = −jθ: θ(t) = (I − e^{−Λt})Bθ* + e^{−Λt}θ₀, closed form (Eqs. 122-128).
 
-    Per eigenvector of H: λ = √(γ²/4 + ηkh + j(j + γ)) − γ/2 and B = ηkh/(ηkh + j(j + γ)).
+    Per eigenvector of H: λ = √(γ²/4 + ηkh + j(j + γ)) − γ/2 and B = ηkh/(ηkh + j(j + γ)). Without a decay (j = 0)
+    nothing moves along directions in which kH is flat: there the path and its end are at θ₀.
 
     Args:
         start: θ₀, (n,).
@@ -193,8 +194,11 @@ def decaying_path(
     check_finite_action(discount, moving=decay != 0 and bool(minimum.any()))
     values, vectors = torch.linalg.eigh(_matrix(hessian))
     pull, stiffness = decay * (decay + discount), lr * loss_weight * values
-    rate = torch.as_tensor(decay_rate(stiffness + pull, discount))
-    end = vectors @ (stiffness / (stiffness + pull) * (vectors.mT @ minimum))
+    flat = (stiffness.abs() <= _rounding(stiffness)) & (pull == 0)
+    whole = torch.where(flat, torch.zeros_like(values), stiffness + pull)
+    rate = torch.as_tensor(decay_rate(whole, discount))
+    share = stiffness / torch.where(flat, torch.ones_like(whole), whole)
+    end = vectors @ torch.where(flat, vectors.mT @ start, share * (vectors.mT @ minimum))
     decayed = torch.exp(-times.unsqueeze(1) * rate) * (vectors.mT @ (start - end))
     return end + decayed @ vectors.mT, end
 
@@ -243,6 +247,12 @@ def _matrix(entries: Tensor) -> Tensor:
     return torch.diag(entries) if entries.dim() == 1 else entries
 
 
+def _rounding(eigenvalues: Tensor) -> float:
+    """n·eps·max|h|: about how far computed eigenvalues (n,) may be from the true ones."""
+    largest = float(eigenvalues.abs().max())
+    return len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * largest
+
+
 def _spectral(
     hessian: Tensor, metric: Tensor | None, function: Callable[[Tensor], Tensor], *, inverse: bool
 ) -> Tensor:
@@ -255,7 +265,7 @@ def _spectral(
         scales, axes = torch.linalg.eigh(_matrix(metric))
         half, back = (axes * scales**power @ axes.mT for power in (-0.5, 0.5))
     values, vectors = torch.linalg.eigh(half @ matrix @ half)
-    if bool(values.min() < -1e-9 * values.abs().max()):
+    if bool(values.min() < -max(1e-9 * float(values.abs().max()), 4.0 * _rounding(values))):
         raise ValueError(
             f"hessian: expected a positive semi-definite one, got smallest eigenvalue {float(values.min()):.3g}; "
             f"a loss that is concave along a direction is unbounded below there, and so is the action"

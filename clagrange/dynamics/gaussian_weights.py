@@ -38,7 +38,7 @@ def gaussian_weights(
         minimum: μ*, (n,).
         discount: γ ≥ 0.
         lr: η.
-        loss_weight: k.
+        loss_weight: k ≥ 0; at 0 the prior alone acts.
         entropy_weight: τ > 0.
         prior_variance: σ_p²; infinity for none.
         prior_mean: μ_p.
@@ -66,11 +66,13 @@ def gaussian_weights(
         mean, variance = metric.split(position)
         offset = mean - minimum.to(position.dtype)
         curved = matrix.to(position.dtype)
-        value = 0.5 * (offset @ curved @ offset + curved.diagonal() @ variance)
-        if math.isinf(prior_variance):
-            return value
+        value: Tensor = 0.5 * (offset @ curved @ offset + curved.diagonal() @ variance)
+        return value
+
+    def against_the_prior(position: Tensor) -> Tensor:  # −KL(q‖prior), up to a constant
+        mean, variance = metric.split(position)
         anchored = (variance + (mean - prior_mean).square()).sum() / prior_variance
-        return value + 0.5 * entropy_weight / loss_weight * anchored
+        return metric.entropy(position) - 0.5 * anchored
 
     return LearningLagrangian(
         expected_loss,
@@ -79,4 +81,5 @@ def gaussian_weights(
         lr=lr,
         loss_weight=loss_weight,
         entropy_weight=entropy_weight,
+        entropy=None if math.isinf(prior_variance) else against_the_prior,
     )

@@ -64,6 +64,10 @@ def gaussianize(
     for them: their type, or a name or pattern that fits nothing else. Layers with weights that cannot be Gaussian
     are refused with the reason, unless ``layers`` leaves them deterministic. Other layers stay as they are.
 
+    All but attention take the first dimension of their inputs for the examples of the batch (the second one of a
+    stacked network), which they count. So the layers of a transformer need ``batch_first=True``, and a sequence
+    belongs behind the batch wherever else a network takes one.
+
     A weight that several layers share has one precision, that of the first of them. It is diagonal, with the
     squared gradient as curvature, since a Kronecker product or single examples tell of the use by one layer only.
 
@@ -263,10 +267,24 @@ def _owner_within(module: nn.Module, parameter: nn.Parameter) -> tuple[GaussianL
     return owner if owner is not None and any(layer is owner[0] for layer in module.modules()) else None
 
 
+def _obstacle_of_place(module: nn.Module, name: str) -> str | None:
+    """Why a layer cannot be Gaussian where it is, in a transformer's layer that puts the sequence first."""
+    around = module.get_submodule(name.rpartition(".")[0])
+    if not isinstance(around, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return None
+    if isinstance(module.get_submodule(name), nn.MultiheadAttention) or around.self_attn.batch_first:
+        return None
+    return (
+        f"it takes the first dimension of its inputs for the examples, which is the sequence in a "
+        f"{type(around).__name__} with batch_first=False; build that with batch_first=True and give it the batch "
+        f"first"
+    )
+
+
 def _refuse(module: nn.Module, name: str, entry: _Plan) -> None:
     """Raise where a layer cannot be Gaussian."""
     remedy = f"leave it deterministic with layers={{{name!r}: None}}"
-    reason = obstacle(entry.layer, entry.shared)
+    reason = obstacle(entry.layer, entry.shared) or _obstacle_of_place(module, name)
     if reason is not None:
         raise ValueError(
             f"module: layer {name!r} of type {type(entry.layer).__name__} cannot be Gaussian: {reason}, "

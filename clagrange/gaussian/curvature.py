@@ -107,7 +107,7 @@ class FactorObserver(Observer):
             x = _floats(x).flatten(-3, -2)
             if self.bias:
                 x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
-            projected = _projected(x, self.bias)
+            projected = projection(x, self.bias)
         probe = d.mT @ projected
         self._probe = probe if self._probe is None else self._probe + probe
         self._count += d.shape[-2]
@@ -151,9 +151,9 @@ class FactorObserver(Observer):
                 return None
         n, unit = _units(examples, summed)
         positions, processes = self._count / examples, process_count()
-        projected = _projected(gradient, self.bias)
+        projected = projection(gradient, self.bias)
         stacked = self.precision.stacked
-        scale, error = _proportion(projected, mean_over_processes(self._probe) * unit, stacked)
+        scale, error = proportion(projected, mean_over_processes(self._probe) * unit, stacked)
         if self._rows is not None:
             certain = float(error.max()) <= torch.finfo(gradient.dtype).eps ** 0.625
             x, d = self._rows
@@ -201,10 +201,10 @@ class PerExampleObserver(Observer):
             x = _floats(x)
             squares = _squares_by_example(x, d)
             x, d = x.flatten(-3, -2), d.flatten(-3, -2)
-            probe = d.mT @ _projected(x)
+            probe = d.mT @ projection(x)
         else:
             squares = _squares_by_token(x, d, self.precision.precision.shape[0])
-            probe = d.new_zeros(len(squares), 1).index_add_(0, x.flatten(), _projected(d).flatten(0, 1))
+            probe = d.new_zeros(len(squares), 1).index_add_(0, x.flatten(), projection(d).flatten(0, 1))
         self._squares = squares if self._squares is None else self._squares + squares
         self._probe = probe if self._probe is None else self._probe + probe
 
@@ -216,8 +216,8 @@ class PerExampleObserver(Observer):
         squares, probe = (
             mean_over_processes(tensor) for tensor in (self._squares * (n * unit**2), self._probe * unit)
         )
-        projected = _projected(gradient.reshape(squares.shape))
-        scale, _ = _proportion(projected, probe, self.precision.stacked)
+        projected = projection(gradient.reshape(squares.shape))
+        scale, _ = proportion(projected, probe, self.precision.stacked)
         return (squares * per_replica(scale.square(), squares)).reshape(gradient.shape)
 
 
@@ -277,7 +277,7 @@ class VarianceObserver(Observer):
     def _project(self, gradient: Tensor) -> Tensor:
         first = 1 + self.precision.stacked
         matrix = _floats(gradient.unsqueeze(-1) if gradient.dim() == first else gradient.flatten(first))
-        return _projected(matrix)
+        return projection(matrix)
 
     def curvature(self, gradient: Tensor, examples: int, summed: float | None = None) -> Tensor | None:
         """The estimate; of a multiplied gradient, by the same number. None without a draw, as in evaluation."""
@@ -287,7 +287,7 @@ class VarianceObserver(Observer):
         curvature, probe = (
             mean_over_processes(tensor) for tensor in (self._curvature * unit, self._probe * unit)
         )
-        scale, _ = _proportion(self._project(gradient), probe, self.precision.stacked)
+        scale, _ = proportion(self._project(gradient), probe, self.precision.stacked)
         return curvature * per_replica(scale, curvature)
 
 
@@ -323,7 +323,7 @@ def _floats(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _projected(rows: Tensor, bias: bool = False) -> Tensor:
+def projection(rows: Tensor, bias: bool = False) -> Tensor:
     """Rows (..., in) times a fixed vector of ±1 in no order, (..., 1).
 
     With a bias, (..., 2): their last entry stands for itself, as one of both parts may be frozen.
@@ -349,7 +349,7 @@ def _units(examples: int, summed: float | None) -> tuple[float, float]:
     return (examples, 1.0) if summed is None else (summed, 1.0 / summed)
 
 
-def _proportion(changed: Tensor, seen: Tensor, stacked: bool) -> tuple[Tensor, Tensor]:
+def proportion(changed: Tensor, seen: Tensor, stacked: bool) -> tuple[Tensor, Tensor]:
     """c where a gradient is c times what was seen, to a tenth; and the relative error.
 
     Where the error is larger the gradient was replaced, or clipped value by value, perhaps after it was unscaled:
@@ -357,7 +357,7 @@ def _proportion(changed: Tensor, seen: Tensor, stacked: bool) -> tuple[Tensor, T
     Entries that are 0 say nothing (a frozen part), unless all are.
 
     Args:
-        changed: projections of the gradient by `_projected`, (R, ...) if stacked.
+        changed: projections of the gradient by `projection`, (R, ...) if stacked.
         seen: the same of what the observer saw.
         stacked: whether each replica has a number of its own, (R,), or all is one block, ().
     """

@@ -88,7 +88,8 @@ class Intervention(Hooked):  # every moment is optional
                 raise ValueError(
                     f"seed: expected a number, or one for each of {replicas or 'no'} replicas; got {seeds!r}"
                 )
-            self.generators = generators_from_seeds(seeds, next(network.parameters()).device)
+            device = next(network.parameters()).device
+            self.generators = generators_from_seeds(seeds, device, purpose=type(self).__name__)
         if self._generator_states is not None:
             for generator, state in zip(self._streams(), self._generator_states, strict=True):
                 generator.set_state(state.cpu())

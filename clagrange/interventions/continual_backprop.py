@@ -129,7 +129,7 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
     @torch.no_grad()
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Update utilities and replace the units that are due."""
-        entering, self._entering = self._entering, {}
+        entering = self._entered()
         for group in self._groups:
             if entering.keys() >= group.consumers:
                 self._step(group, entering, optimizer)
@@ -270,8 +270,8 @@ class ContinualBackprop(JoinedUnitReset["_Group"]):
         means = part.split(torch.where(part.per_consumer(mask), part.mean_activation / correction, 0.0))
         replicas = mask.view(-1, connection.units).any(-1).nonzero().flatten().tolist()
         for consumer, lost in zip(connection.consumers, means, strict=True):
-            if consumer.bias is None:
-                continue
+            if consumer.bias is None or not (consumer.bias.requires_grad and consumer.weight.requires_grad):
+                continue  # a frozen bias takes nothing, and frozen outgoing weights lose nothing
             of_columns, weights, biases = (
                 tensor if connection.stacked else tensor.unsqueeze(0)
                 for tensor in (

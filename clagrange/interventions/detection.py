@@ -306,6 +306,7 @@ class PredictiveSurprise(SequentialDetector):
         finally:
             self._watching = True
         costs = -logits.to(believed.dtype).log_softmax(-1)
+        costs = torch.where(believed == 0, 0.0, costs)  # an impossible class costs nothing, where 0·∞ is NaN
         mean = (believed * costs).sum(-1)
         variance = (believed * costs.square()).sum(-1) - mean.square()
         first = int(replicas is not None)

@@ -13,7 +13,7 @@ class FullReset(Intervention):
     """Draw all weights afresh at every switch and clear the optimizer: what a network without a past reaches.
 
     Weights are drawn by `clagrange.networks.initialize`, Gaussian precisions return to their prior; a
-    prior around the initial weights moves to the fresh ones.
+    prior around the initial weights moves to the fresh ones. Frozen parameters stay.
 
     Args:
         seed: of the random stream.
@@ -23,8 +23,10 @@ class FullReset(Intervention):
     @torch.no_grad()
     def on_switch(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Start over."""
-        initialize(network, self.generators)
+        initialize(network, self.generators, frozen=False)
         for _, layer in gaussian_layers(network):
             for block in layer.blocks():
+                if not any(mean.requires_grad for mean in block.means):
+                    continue
                 block.precision.start_over(block.joint_mean())
         optimizer.state.clear()

@@ -84,7 +84,7 @@ class GradedContinualBackprop(UnitReset):
     @torch.no_grad()
     def on_gradient(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Average the utilities."""
-        for connection in self._connections:
+        for connection in self._connections if not self._saw_nothing(network) else ():
             gradient = incoming_gradient(connection)
             if gradient is not None:
                 mean = gradient.mean(-1, keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
@@ -95,18 +95,26 @@ class GradedContinualBackprop(UnitReset):
         """Move the units if it is time."""
         self.state["steps"] += 1
         if self.state["steps"] % self.every == 0:
+            moved_in: set[Tensor] = set()
+            moved_out: set[Tensor] = set()
             for connection in self._connections:
                 utility = self.state[connection.name]["utility"]
                 share = torch.exp(-self.steepness * (utility - self.threshold)).clamp(max=1.0)
-                self._move(connection, (per_replica(self.rate, utility) * share).to(utility.dtype))
+                part = (per_replica(self.rate, utility) * share).to(utility.dtype)
+                self._move(connection, part, moved_in, moved_out)
                 utility.fill_(1.0)
 
-    def _move(self, connection: Connection, part: Tensor) -> None:
+    def _move(self, connection: Connection, part: Tensor, moved_in: set[Tensor], moved_out: set[Tensor]) -> None:
+        """Move the weights of units, those that layers share with the first units that have them."""
         everywhere = torch.ones_like(part, dtype=torch.bool)
         for consumer in connection.consumers:
+            if not _first(consumer.weight, moved_out):
+                continue
             consumer.weight.mul_(1.0 - connection.outgoing(part, consumer).to(consumer.weight.dtype))
         for producer in connection.producers:
             weight = producer.weight
+            if not _first(weight, moved_in):
+                continue
             fresh = torch.empty_like(weight)
             for replica, _, weights in rows(connection, producer, everywhere):
                 drawn = draw(
@@ -114,3 +122,10 @@ class GradedContinualBackprop(UnitReset):
                 )
                 (fresh[replica] if connection.stacked else fresh).copy_(drawn)
             weight.lerp_(fresh, connection.incoming(part, producer).to(weight.dtype))
+
+
+def _first(weight: Tensor, moved: set[Tensor]) -> bool:
+    """Whether a weight is trained and has not been moved yet; it now counts as moved."""
+    first = weight.requires_grad and weight not in moved
+    moved.add(weight)
+    return first

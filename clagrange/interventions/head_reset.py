@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from clagrange.interventions.base import Intervention, forget_all
+from clagrange.interventions.base import Intervention, forget_all, trainable
 from clagrange.interventions.detection import Detector
 from clagrange.wiring import named_layers, output_layers
 
@@ -15,7 +15,7 @@ class HeadReset(Intervention):
     """Set weights and biases of the output layers to 0 at every switch, and forget the optimizer's state of them.
 
     What is done with any method where every task has classes of its own; the predictions of a new task start at
-    no preference. A Gaussian precision returns to its prior.
+    no preference. A Gaussian precision returns to its prior. Frozen parameters stay.
 
     Args:
         layers: names of the output layers; default: found by tracing.
@@ -33,7 +33,7 @@ class HeadReset(Intervention):
     def on_switch(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Start the head from 0."""
         for layer in heads(network, self.layers):
-            for parameter in layer.parameters(recurse=False):
+            for _, parameter in trainable(layer):
                 parameter.zero_()
                 forget_all(optimizer, parameter)
 

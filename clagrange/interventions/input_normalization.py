@@ -17,8 +17,8 @@ class InputNormalization(Intervention):
 
     The control that any claim about plasticity has to beat. Statistics of all inputs that the network saw in
     training mode, each example with the same weight, are updated with a batch before it is normalised, in several
-    processes with the batches of all; labels play no part. In evaluation mode they stay; before there are any,
-    inputs pass unchanged.
+    processes with the batches of all; labels play no part. They are kept in float32 at least, and to the gradient
+    of the inputs they are constants. In evaluation mode they stay; before there are any, inputs pass unchanged.
 
     Args:
         eps: ε, in squared units of the inputs.
@@ -41,36 +41,44 @@ class InputNormalization(Intervention):
     def _hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._normalised(args[0], self._batch_dim, module.training), *args[1:])
 
-    @torch.no_grad()
     def _normalised(self, inputs: Tensor, batch_dim: int, update: bool) -> Tensor:
-        if not self.state and not update:
-            return inputs
-        if not self.state:
-            zeros = torch.zeros_like(inputs.select(batch_dim, 0))
-            count = torch.zeros((), dtype=torch.long, device=inputs.device)
-            self.state = {"count": count, "mean": zeros, "variance": zeros.clone()}
-        mean, variance = (self.state[name].to(inputs) for name in ("mean", "variance"))
+        wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         if update:
-            count = torch.as_tensor(self.state["count"], device=inputs.device)  # in older states a plain number
-            self.state = {"count": count, "mean": mean, "variance": variance}
-            size, batch_mean, batch_variance = _moments(inputs, batch_dim)
-            count += size
-            weight = size / count.double()
-            shift = batch_mean - mean
-            variance.lerp_(batch_variance, weight.to(variance)).add_(weight * (1.0 - weight) * shift.square())
-            mean.add_(weight * shift)
+            self._update(wide.detach(), batch_dim)
+        if not self.state:
+            return inputs
+        mean, variance = (self.state[name].to(wide) for name in ("mean", "variance"))
         scale = (variance + self.eps).rsqrt()
-        normalised: Tensor = (inputs - mean.unsqueeze(batch_dim)) * scale.unsqueeze(batch_dim)
-        return normalised
+        normalised: Tensor = (wide - mean.unsqueeze(batch_dim)) * scale.unsqueeze(batch_dim)
+        return normalised.to(inputs.dtype) if inputs.is_floating_point() else normalised
+
+    def _update(self, inputs: Tensor, batch_dim: int) -> None:
+        """Take a batch into the statistics, in place."""
+        size, batch_mean, batch_variance = _moments(inputs, batch_dim)
+        if not size:
+            return
+        zeros = torch.zeros_like(batch_mean)
+        kept = self.state or {"count": 0, "mean": zeros, "variance": zeros.clone()}
+        mean, variance = (kept[name].to(inputs) for name in ("mean", "variance"))
+        count = torch.as_tensor(kept["count"], device=inputs.device)  # in older states a plain number
+        self.state = {"count": count, "mean": mean, "variance": variance}
+        count += size
+        weight = size / count.double()
+        shift = batch_mean - mean
+        variance.lerp_(batch_variance, weight.to(variance)).add_(weight * (1.0 - weight) * shift.square())
+        mean.add_(weight * shift)
 
 
 def _moments(inputs: Tensor, batch_dim: int) -> tuple[int, Tensor, Tensor]:
-    """Size, mean and variance of a batch; of those of all processes together."""
+    """Size, mean and variance of a batch, 0 where it is empty; of those of all processes together."""
     size = inputs.shape[batch_dim]
-    variance, mean = torch.var_mean(inputs, batch_dim, correction=0)
-    if process_count() == 1:
-        return size, mean, variance
+    if size:
+        variance, mean = torch.var_mean(inputs, batch_dim, correction=0)
+    else:
+        variance = mean = inputs.sum(batch_dim)
     (total,) = total_over_processes([size], inputs.device)
+    if process_count() == 1 or not total:
+        return total, mean, variance
     share = size * process_count() / total
     joint = mean_over_processes(share * mean)
     return total, joint, mean_over_processes(share * (variance + (mean - joint).square()))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from clagrange._checks import check_choice, check_count, check_number
-from clagrange.interventions.base import Intervention, forget_all
+from clagrange.interventions.base import Intervention, forget_all, trainable
 from clagrange.interventions.detection import Detector
 from clagrange.interventions.head_reset import heads
 from clagrange.interventions.unit_reset import draw
@@ -19,7 +19,7 @@ class LastLayerReset(Intervention):
     """Draw the last layers afresh, at every switch or every few steps.
 
     Weights ~ U(±gain·√(3/fan_in)), biases 0, a Gaussian precision at its prior. Unlike `HeadReset`, which starts
-    from 0, fresh weights send gradients into the layers below from the first step on.
+    from 0, fresh weights send gradients into the layers below from the first step on. Frozen parameters stay.
 
     Args:
         every: steps from one reset to the next, for streams whose switches nobody announces. None: at every
@@ -77,9 +77,10 @@ class LastLayerReset(Intervention):
         stacked = replicas_of(network) is not None
         for layer in heads(network, self.layers):
             assert isinstance(layer, (nn.Linear, nn.Conv2d))
-            for replica, weight in enumerate(layer.weight if stacked else [layer.weight]):
-                draw(weight, layer, self.gain, generator_of(self.generators, replica))
-            if layer.bias is not None:
+            if layer.weight.requires_grad:
+                for replica, weight in enumerate(layer.weight if stacked else [layer.weight]):
+                    draw(weight, layer, self.gain, generator_of(self.generators, replica))
+            if layer.bias is not None and layer.bias.requires_grad:
                 layer.bias.zero_()
-            for parameter in layer.parameters(recurse=False):
+            for _, parameter in trainable(layer):
                 forget_all(optimizer, parameter, state=self.forget)

@@ -13,7 +13,7 @@ from clagrange.replicas import replicas_of
 from clagrange.wiring import named_layers, output_layers
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 
 class NormalizeAndProject(Intervention):
@@ -24,7 +24,7 @@ class NormalizeAndProject(Intervention):
     effective learning rate does, and falls as the norm grows. The layers that make the network's outputs have no
     normalisation after them and stay free. Scale and shift of a normalisation layer are projected as one vector
     (what follows is homogeneous, as ReLU is); biases of other layers, which normalisation makes needless, stay
-    free. The optimizer's state stays.
+    free. A weight that is 0 has no direction and stays 0. The optimizer's state stays.
 
     Args:
         every: steps from one projection to the next.
@@ -63,7 +63,7 @@ class NormalizeAndProject(Intervention):
         for name, module in network.named_modules():
             parameters = [module.weight] if module in hidden else []
             if isinstance(module, _NORMS):
-                parameters = [p for p in (module.weight, module.bias) if p is not None]
+                parameters = list(module.parameters(recurse=False))
             if parameters and all(parameter.requires_grad for parameter in parameters):
                 self._projected.append((name, parameters))
                 norm = self._norm(parameters)
@@ -78,7 +78,7 @@ class NormalizeAndProject(Intervention):
             return
         for name, parameters in self._projected:
             norm = self._norm(parameters)
-            factor = self.state["norms"][name] / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            factor = torch.where(norm > 0, self.state["norms"][name] / norm, 1.0)
             for parameter in parameters:
                 shaped = factor.view(-1, *[1] * (parameter.dim() - 1)) if factor.dim() else factor
                 parameter.mul_(shaped.to(parameter.dtype))

@@ -21,7 +21,8 @@ class ReDo(UnitReset):
 
     Units with score ≤ ``threshold`` get incoming weights ~ U(±gain·√(3/fan_in)), bias 0, outgoing weights 0 and
     entries of normalisation layers as new; the optimizer's state of these entries becomes 0, a Gaussian precision
-    returns to its prior. In a layer that is dormant as a whole all units start over.
+    returns to its prior. In a layer that is dormant as a whole all units start over; a layer of which nothing was
+    seen in the window, such as a branch that was not taken or, by its gradients, a frozen layer, stays as it is.
 
     Args:
         threshold: τ ≥ 0.
@@ -74,16 +75,18 @@ class ReDo(UnitReset):
 
     def _prepare(self) -> None:
         for connection in self._connections:
-            self._bind(connection, magnitude=zeros_for(connection))
+            zeros = zeros_for(connection)
+            self._bind(connection, magnitude=zeros, counted=zeros.new_zeros(zeros.shape[:-1]))
 
     @torch.no_grad()
     def on_gradient(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Add up the gradients."""
-        if self.score == "gradient" and self._counts():
+        if self.score == "gradient" and not self._saw_nothing(network) and self._counts():
             for connection in self._connections:
                 gradient = incoming_gradient(connection)
                 if gradient is not None:
                     self.state[connection.name]["magnitude"] += gradient
+                    self.state[connection.name]["counted"] += 1
 
     @torch.no_grad()
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
@@ -95,14 +98,17 @@ class ReDo(UnitReset):
                 for consumer, inputs in zip(connection.consumers, entering, strict=True):
                     activations = connection.activations(inputs, consumer).abs().to(magnitude.dtype)
                     magnitude += mean_over_processes(activations.mean(-2))
+                self.state[connection.name]["counted"] += 1
         self.state["steps"] += 1
         if self.state["steps"] % self.every == 0:
             for connection in self._connections:
-                magnitude = self.state[connection.name]["magnitude"]
-                dormant = magnitude <= per_replica(self.threshold, magnitude) * magnitude.mean(-1, keepdim=True)
+                magnitude, counted = (self.state[connection.name][name] for name in ("magnitude", "counted"))
+                limit = per_replica(self.threshold, magnitude) * magnitude.mean(-1, keepdim=True)
+                dormant = (magnitude <= limit) & (counted > 0).unsqueeze(-1)
                 if dormant.any():
                     self._start_over(connection, dormant, optimizer)
                 magnitude.zero_()
+                counted.zero_()
 
     def _counts(self) -> bool:
         """Whether the coming step lies in the window of the next check."""

@@ -91,7 +91,8 @@ class ShrinkAndPerturb(Intervention):
             parameter.add_(noise.mul_(per_replica(self.noise, parameter)))
 
     def _initial(self, network: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((p, fresh) for p, fresh in fresh_parameters(network, self.generators) if p.requires_grad)
+        draws = dict(fresh_parameters(network, self.generators))  # what layers share once
+        return ((parameter, fresh) for parameter, fresh in draws.items() if parameter.requires_grad)
 
     def _normal(self, network: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         # one draw for all parameters: many small draws would take longer than the training step

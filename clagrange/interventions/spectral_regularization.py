@@ -80,8 +80,10 @@ class SpectralRegularization(Intervention):
             matrix = _matrix(parameter, stacked)
             left, right = _iterate(matrix, self.state[name])
             self.state[name].copy_(left)
+            # σ and its gradient are 0 at W = 0
             sigma = torch.einsum("...o,...oi,...i->...", left, matrix, right)[..., None, None]
-            slope = 2.0 * (sigma**self.power - 1.0) * self.power * sigma ** (self.power - 1.0)
+            slope = torch.where(sigma > 0, sigma ** (self.power - 1.0), 0.0)
+            slope = 2.0 * (sigma**self.power - 1.0) * self.power * slope
             pull = slope * left.unsqueeze(-1) * right.unsqueeze(-2)
             parameter.grad.add_(strength * pull.to(parameter.dtype).view_as(parameter))
 
@@ -114,6 +116,11 @@ def _matrix(parameter: Tensor, stacked: bool) -> Tensor:
 
 
 def _iterate(matrix: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """One power iteration: the singular vectors (..., out) and (..., in) from the last left one."""
+    """One power iteration: the singular vectors (..., out) and (..., in) from the last left one.
+
+    The left one stays where the matrix is 0, which has none of its own.
+    """
     right = nn.functional.normalize(torch.einsum("...oi,...o->...i", matrix, left), dim=-1)
-    return nn.functional.normalize(torch.einsum("...oi,...i->...o", matrix, right), dim=-1), right
+    product = torch.einsum("...oi,...i->...o", matrix, right)
+    known = product.any(-1, keepdim=True)
+    return torch.where(known, nn.functional.normalize(product, dim=-1), left), right

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from clagrange._checks import check_number
 from clagrange._magnitudes import columns_becoming_0, sums_of_magnitudes
+from clagrange.distributed import process_count, total_over_processes
 from clagrange.interventions.base import Intervention, fill_entries, forget_entries
 from clagrange.networks import he_bound
 from clagrange.replicas import generator_of
@@ -51,6 +52,8 @@ class UnitReset(Intervention):
         """Find the hidden units and watch their activations."""
         super().on_start(network, optimizer)
         self._entering, self._connections = {}, []
+        if not self.watches:
+            self._handles.append(network.register_forward_pre_hook(self._look))
         try:
             self._wire(connections(network, self.layers))
         except UntraceableError:
@@ -69,17 +72,47 @@ class UnitReset(Intervention):
                 for consumer in connection.consumers:
                     self._handles.append(consumer.register_forward_pre_hook(self._watch))
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        super().load_state_dict(state)
+        if self._connections:
+            self._prepare()
+
     @abstractmethod
     def _prepare(self) -> None:
         """Make or take up the state of the units, which are now known."""
 
     def _watch(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if module.training and torch.is_grad_enabled():
+        # a batch without examples is none
+        if module.training and torch.is_grad_enabled() and args[0].numel():
             self._entering[module] = args[0]  # not detached, which costs time: only looked at without gradients
+
+    def _look(self, network: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep what entered a network whose gradients are watched, the layers of which need not be called."""
+        if not (network.training and torch.is_grad_enabled() and args and isinstance(args[0], Tensor)):
+            return
+        if args[0].numel() or network not in self._entering:
+            self._entering[network] = args[0]
+
+    def _saw_nothing(self, network: nn.Module) -> bool:
+        """Whether the gradients are 0 because there were no examples; in several processes others had some."""
+        entered = self._entering.pop(network, None)
+        return process_count() == 1 and entered is not None and not entered.numel()
+
+    def _entered(self) -> dict[nn.Module, Tensor]:
+        """What entered the consumers in the training step, once; of those that all processes have called."""
+        entering, self._entering = self._entering, {}
+        if process_count() > 1 and self._connections:
+            consumers = list(dict.fromkeys(taker for link in self._connections for taker in link.consumers))
+            called = [int(consumer in entering) for consumer in consumers]
+            totals = total_over_processes(called, self._connections[0].producer.weight.device)
+            everywhere = zip(consumers, totals, strict=True)
+            entering = {taker: entering[taker] for taker, total in everywhere if total == process_count()}
+        return entering
 
     def _active(self) -> list[tuple[Connection, list[Tensor]]]:
         """The connections that took part in the training step, with what entered each consumer; once."""
-        entering, self._entering = self._entering, {}
+        entering = self._entered()
         return [
             (connection, [entering[consumer] for consumer in connection.consumers])
             for connection in self._connections
@@ -111,12 +144,6 @@ class JoinedUnitReset(UnitReset, Generic[G]):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_groups": []}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        super().load_state_dict(state)
-        if self._connections:
-            self._prepare()
-
     def _prepare(self) -> None:
         self._groups = [self._joined(members) for members in of_one_kind(self._connections)]
 
@@ -146,7 +173,8 @@ def start_over(connection: Connection, mask: Tensor, optimizer: Optimizer, gener
     """Let hidden units start over.
 
     Outgoing weights 0, incoming weights ~ U(±gain·√(3/fan_in)), biases 0, entries of normalisation layers as new;
-    optimizer state and Gaussian precisions of exactly these entries are forgotten.
+    optimizer state and Gaussian precisions of exactly these entries are forgotten. Frozen parameters stay, and
+    running statistics behind frozen incoming weights.
 
     Args:
         connection: of the units.
@@ -156,21 +184,25 @@ def start_over(connection: Connection, mask: Tensor, optimizer: Optimizer, gener
         gain: of the initialisation.
     """
     for consumer in connection.consumers:
-        outgoing = connection.outgoing(mask, consumer)
-        with columns_becoming_0(consumer.weight, outgoing):
-            fill_entries(consumer.weight, outgoing, 0.0)
-        forget_entries(optimizer, consumer.weight, outgoing)
+        if consumer.weight.requires_grad:
+            outgoing = connection.outgoing(mask, consumer)
+            with columns_becoming_0(consumer.weight, outgoing):
+                fill_entries(consumer.weight, outgoing, 0.0)
+            forget_entries(optimizer, consumer.weight, outgoing)
     for producer in connection.producers:
-        for replica, chosen, weights in rows(connection, producer, mask):
-            fresh = weights.new_empty((int(chosen.sum()), *weights.shape[1:]))
-            weights[chosen] = draw(fresh, producer, gain, generator_of(generators, replica))
-        forget_entries(optimizer, producer.weight, connection.incoming(mask, producer))
-        if producer.bias is not None:
+        if producer.weight.requires_grad:
+            for replica, chosen, weights in rows(connection, producer, mask):
+                fresh = weights.new_empty((int(chosen.sum()), *weights.shape[1:]))
+                weights[chosen] = draw(fresh, producer, gain, generator_of(generators, replica))
+            forget_entries(optimizer, producer.weight, connection.incoming(mask, producer))
+        if producer.bias is not None and producer.bias.requires_grad:
             producer.bias.masked_fill_(mask, 0.0)
             forget_entries(optimizer, producer.bias, mask)
+    redrawn = any(producer.weight.requires_grad for producer in connection.producers)
     for norm in connection.norms:
         for name, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
-            if tensor.dim() > int(connection.stacked):  # not the number of batches
+            changes = tensor.requires_grad if isinstance(tensor, nn.Parameter) else redrawn
+            if changes and tensor.dim() > int(connection.stacked):  # not the number of batches
                 entries = connection.entries(mask, tensor)
                 tensor.masked_fill_(entries, 1.0 if name in ("weight", "running_var") else 0.0)
                 if isinstance(tensor, nn.Parameter):

@@ -1,9 +1,15 @@
 """Kronecker factors of the Fisher matrix of linear layers, seen through hooks."""
 
+import math
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from clagrange._modes import under_torch_func
+from clagrange.distributed import mean_over_processes
+from clagrange.gaussian.curvature import projection, proportion
 
 
 class FisherObserver:
@@ -13,10 +19,10 @@ class FisherObserver:
     x give the Fisher matrix of W, in row-major order of its entries (out, in), approximately as E[δδᵀ] ⊗ E[xxᵀ]
     (K-FAC). The output gradients that arrive are δ/n.
 
-    It is called as a forward hook, and is copied and pickled with its layer. Stacked layers, weight (R, out, in)
-    and inputs (R, B, ..., in), give factors (R, ., .). Every leading position of an input counts as an example.
-    Gradients that were set to None start the collection afresh; a layer used several times in one graph counts
-    each use.
+    It is called by a forward hook. Stacked layers, weight (R, out, in) and inputs (R, B, ..., in), give factors
+    (R, ., .). Every leading position of an input counts as an example. Gradients that were set to None start the
+    collection afresh; a layer used several times in one graph counts each use. Passes under torch.func are no
+    training steps and are not seen.
     """
 
     def __init__(self) -> None:
@@ -27,6 +33,7 @@ class FisherObserver:
         self.examples = 0
         self.inputs: Tensor | None = None
         self.outputs: Tensor | None = None
+        self._probe: Tensor | None = None  # the gradients of weight and bias that they make, projected
         self._backward = -1
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -35,9 +42,25 @@ class FisherObserver:
             return None
         return self.outputs * self.examples, self.inputs / self.examples
 
+    def scale(self, gradient: Tensor, rounding: float) -> Tensor:
+        """c² where a gradient is c times what was seen, () or (R,): unscaled from mixed precision, or clipped.
+
+        Found as `clagrange.gaussian.curvature` does, by a projection of both.
+
+        Args:
+            gradient: of the weight, (…, out, in), or of the bias, (…, out).
+            rounding: the relative error up to which c counts as 1.
+        """
+        assert self._probe is not None
+        stacked = self._probe.dim() - 2
+        bias = gradient.dim() == 1 + stacked
+        probe = mean_over_processes(self._probe[..., int(bias)])
+        c, _ = proportion(gradient if bias else projection(gradient), probe, bool(stacked))
+        return torch.where((c.abs() - 1.0).abs() <= rounding, 1.0, c.square())
+
     def __call__(self, layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Collect, when the gradient of the output arrives."""
-        if not output.requires_grad:
+        if not output.requires_grad or under_torch_func():
             return
         (seen,) = inputs
         seen = seen.detach()
@@ -52,8 +75,25 @@ class FisherObserver:
             self.examples += x.shape[-2]
             self.inputs = _added(self.inputs, x.mT @ x)
             self.outputs = _added(self.outputs, d.mT @ d)
+            made = d.mT @ projection(x)
+            self._probe = _added(self._probe, torch.cat([made, d.sum(-2).unsqueeze(-1)], -1))
 
         output.register_hook(note)
+
+
+class _Hook:
+    """A forward hook that calls an observer for as long as an optimizer has it, and is copied along with it."""
+
+    def __init__(self, observer: FisherObserver | None) -> None:
+        self.observer = weakref.ref(observer or FisherObserver())  # one that is gone already
+
+    def __call__(self, layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        observer = self.observer()
+        if observer is not None:
+            observer(layer, inputs, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (self.observer(),)
 
 
 def _rows(tensor: Tensor, stacked: int) -> Tensor:
@@ -69,7 +109,7 @@ def _added(total: Tensor | None, term: Tensor) -> Tensor:
 def observe_layers(network: nn.Module) -> list[tuple[Tensor, FisherObserver]]:
     """Hook an observer on every linear layer; pairs of weight (and of bias) and observer.
 
-    A layer that has one already shares it.
+    A layer that has one already shares it. The hooks hold their observers weakly and go when these do.
 
     Raises:
         ValueError: if there is no linear layer, or two share a weight.
@@ -84,21 +124,36 @@ def observe_layers(network: nn.Module) -> list[tuple[Tensor, FisherObserver]]:
         raise ValueError("params: expected linear layers with weights of their own, got two that share one")
     pairs: list[tuple[Tensor, FisherObserver]] = []
     for layer in layers:
-        hooks = [hook for hook in layer._forward_hooks.values() if isinstance(hook, FisherObserver)]
-        observer = hooks[0] if hooks else FisherObserver()
-        if not hooks:
-            layer.register_forward_hook(observer)
+        observer = None
+        for number, hook in list(layer._forward_hooks.items()):
+            if isinstance(hook, _Hook):
+                observer = hook.observer()
+                if observer is None:  # the hook was copied without its optimizer
+                    del layer._forward_hooks[number]
+        if observer is None:
+            observer = FisherObserver()
+            weakref.finalize(observer, layer.register_forward_hook(_Hook(observer)).remove)
         pairs += [(parameter, observer) for parameter in (layer.weight, layer.bias) if parameter is not None]
     return pairs
 
 
-def raised_diagonal(factor: Tensor, jitter: float = 1e-6) -> Tensor:
-    """A factor with ``jitter``·(mean of its diagonal) added to the diagonal, so that it can be inverted."""
+def raised_diagonal(factor: Tensor) -> Tensor:
+    """A factor with 1e-6·(mean of its diagonal) added to the diagonal, so that it can be inverted.
+
+    Of a large factor more, four roundings of its trace: computed eigenvalues may be that far off.
+    """
+    numbers, size = torch.finfo(factor.dtype), factor.shape[-1]
     diagonal: Tensor = factor.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    tiny = torch.finfo(factor.dtype).tiny ** 0.5
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    result: Tensor = factor + (jitter * diagonal + tiny) * identity
+    identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
+    result: Tensor = factor + (max(1e-6, 4 * size * numbers.eps) * diagonal + numbers.tiny**0.5) * identity
     return result
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (…, n) and eigenvectors of symmetric matrices; NaN for one that is not finite, and it alone."""
+    finite = matrix.isfinite().flatten(-2).all(-1)[..., None]
+    values, vectors = torch.linalg.eigh(torch.where(finite.unsqueeze(-1), matrix, torch.zeros_like(matrix)))
+    return torch.where(finite, values, math.nan), vectors
 
 
 def kronecker_solve(factors: tuple[Tensor, Tensor], gradient: Tensor, damping: Any, power: float = 1.0) -> Tensor:
@@ -115,7 +170,7 @@ def kronecker_solve(factors: tuple[Tensor, Tensor], gradient: Tensor, damping: A
         >>> kronecker_solve((B, A), g, damping=1.0)[0]
         tensor([0.2500, 0.2500, 0.2500])
     """
-    (b, V), (a, U) = (torch.linalg.eigh(factor) for factor in factors)
+    (b, V), (a, U) = (eigh(factor) for factor in factors)
     eigenvalues = (b.clamp(min=0).unsqueeze(-1) * a.clamp(min=0).unsqueeze(-2)) ** power
     solution: Tensor = V @ ((V.mT @ gradient @ U) / (eigenvalues + damping)) @ U.mT
     return solution

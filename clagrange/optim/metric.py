@@ -29,7 +29,7 @@ class FisherOptimizer(CurvatureOptimizer):
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: the observers too, which the network's hooks are."""
+        """What is copied and pickled: the observers too, which the network's hooks call."""
         return {**super().__getstate__(), "_observers": self._observers}
 
     def step(self, closure: Any = None) -> Any:
@@ -70,6 +70,8 @@ class FisherOptimizer(CurvatureOptimizer):
                 f"since the last step; run forward and backward through the layer"
             )
         outputs, inputs = factors
+        scale = observer.scale(gradient, torch.finfo(parameter.dtype).eps ** 0.5)
+        outputs = outputs * per_replica(scale, outputs)
         if gradient.dim() < outputs.dim():  # a bias: its inputs are 1
             return (mean_over_processes(outputs.diagonal(dim1=-2, dim2=-1)),)
         return mean_over_processes(outputs), mean_over_processes(inputs)

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from clagrange._checks import Number
 from clagrange.optim.base import numbers
-from clagrange.optim.kronecker import kronecker_solve, raised_diagonal
+from clagrange.optim.kronecker import eigh, kronecker_solve, raised_diagonal
 from clagrange.optim.metric import FisherOptimizer
 
 
@@ -21,8 +20,10 @@ class NaturalGradient(FisherOptimizer):
     every linear layer G = E[δδᵀ] ⊗ E[xxᵀ] of its inputs x and per-example output gradients δ (the loss being the
     mean over examples), seen through hooks and solved exactly with its damping in the joint eigenbasis (two
     eigendecompositions a layer and step: for small layers); the bias takes the diagonal of E[δδᵀ], all other
-    parameters n·g². Averages are divided by the weight of what they have seen. Under torch.distributed the
-    factors are means over the processes, as DistributedDataParallel's gradients are.
+    parameters n·g². Averages are divided by the weight of what they have seen. Where the gradient was multiplied
+    with a number before the step (unscaled from mixed precision, or clipped) δ is multiplied with it too, as n·g²
+    has it. Under torch.distributed the factors are means over the processes, as DistributedDataParallel's
+    gradients are.
 
     Limits: d → ∞: SGD with learning rate lr/d. lr = 1 and G the Hessian (`set_metric`, or a likelihood at its
     optimum) with d → 0: Newton's step. `GeometricMean` with one belief for metric and curvature.
@@ -198,15 +199,16 @@ def geometric_mean(metric: Tensor, curvature: Tensor) -> Tensor:
         tensor([[4.0000, 0.0000],
                 [0.0000, 2.0000]])
     """
-    values, vectors = torch.linalg.eigh(metric)
-    if not bool((values > 0).all()):
+    values, vectors = eigh(metric)
+    if bool((values <= 0).any()):
         raise ValueError(
-            f"metric: expected a positive definite matrix, got eigenvalues down to {float(values.min()):g}; "
+            f"metric: expected a positive definite matrix, got eigenvalues down to "
+            f"{float(values[values <= 0].min()):g}; "
             f"motion in such a direction would cost nothing and no finite step is optimal"
         )
     root = (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
     inverse = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
-    inner, basis = torch.linalg.eigh(inverse @ curvature @ inverse)
+    inner, basis = eigh(inverse @ curvature @ inverse)
     middle: Tensor = (basis * inner.clamp(min=0).sqrt().unsqueeze(-2)) @ basis.mT
     mean: Tensor = root @ middle @ root
     return mean

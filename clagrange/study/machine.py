@@ -53,6 +53,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     ``cores`` are those that this process may use, ``threads`` those that torch uses.
     """
     where = torch.device(device)
+    here = where.type == "cuda" and torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -61,7 +62,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(cores()),
         "threads": torch.get_num_threads(),
-        "device": f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else str(where),
+        "device": f"{where} ({torch.cuda.get_device_name(where)})" if here else str(where),
     }
 
 

@@ -48,7 +48,7 @@ METRICS = {
 }
 """What is measured in every task, for every seed, under the names of `clagrange.metrics.METRICS`.
 
-"task_accuracy" is on 1,000 of the task's test examples at most, of those it was trained on where it has no others;
+"task_accuracy" is on 1,000 of a task's test examples at most, of those it was trained on where it has no others;
 "sharpness" and "sample_plasticity" are measured in the tasks for which the study asks, see
 `clagrange.study.engine.Run`.
 """

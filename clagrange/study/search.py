@@ -24,6 +24,21 @@ Trial = dict[str, Any]
 """The settings of a trial and, once it has run, its online accuracy (or loss), as the file has them."""
 
 
+class MethodsFailed(RuntimeError):  # noqa: N818 - says what happened
+    """Some methods of a search failed; the others have their trials.
+
+    Attributes:
+        reasons: by stream and method.
+        report: of the methods that did not fail, as `run_search` returns it.
+    """
+
+    def __init__(self, reasons: Mapping[str, str], report: dict[str, Any]) -> None:
+        said = "\n".join(f"{job} failed: {reason}" for job, reason in reasons.items())
+        super().__init__(f"{said}\nthe other methods have their trials; run it again to try these anew")
+        self.reasons = reasons
+        self.report = report
+
+
 def run_search(
     search: Search, target: Path, say: Callable[[str], None] = print, device: str = "cpu"
 ) -> dict[str, Any]:
@@ -48,6 +63,7 @@ def run_search(
     Raises:
         SettingsError: if ``target`` holds a search with other settings.
         FileProblem: if it cannot be written, or another process is writing it.
+        MethodsFailed: if trials of a method failed; the other methods were tried all the same.
     """
     require_writable(target.parent)
     with only_writer(target):
@@ -57,6 +73,7 @@ def run_search(
 def _run_search(search: Search, target: Path, say: Callable[[str], None], device: str) -> dict[str, Any]:
     report, under_way = _begin(search, target)
     kept: dict[str, list[str]] = {}
+    failed: dict[str, str] = {}
     for name, study in search.streams.items():
         streams = [study.stream(seed) for seed in search.seeds]
         methods = report["streams"][name]["methods"]
@@ -80,7 +97,15 @@ def _run_search(search: Search, target: Path, say: Callable[[str], None], device
             begun = {"method": [name, label], "origin": origin.written, "entry": entry}
             keep = functools.partial(write_json, target, {**report, "under_way": begun})
             run = functools.partial(_run, method.kind, streams=streams, network=study.network, device=device)
-            _try(entry, search.plan(method), len(streams), run, keep)
+            try:
+                _try(entry, search.plan(method), len(streams), run, keep)
+            except OSError:  # of the file
+                raise
+            except Exception as error:
+                failed[f"{name}.{label}"] = " ".join(f"{type(error).__name__}: {error}".split())
+                methods.pop(label, None)  # of other settings
+                say(f"{name}.{label} failed")
+                continue
             best = max(entry["trials"], key=_goodness)
             methods[label] = {**entry, "best": best["settings"], "origin": origin.written}
             write_json(target, report)
@@ -90,6 +115,8 @@ def _run_search(search: Search, target: Path, say: Callable[[str], None], device
     for version, labels in kept.items():
         some = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
         say(f"warning: trials of {version} are kept ({some}), this is {code_version()}")
+    if failed:
+        raise MethodsFailed(failed, report)
     return report
 
 

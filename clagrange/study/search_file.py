@@ -34,6 +34,7 @@ from clagrange.study.settings import (
     read_stream,
     stream_methods,
     without_its_package,
+    words,
 )
 from clagrange.study.side_by_side import batches, stacked
 
@@ -110,9 +111,10 @@ def load_search(source: str | Path, *, left_out: Callable[[str], None] | None = 
     whole = all(isinstance(tree[name], dict) for name in ("streams", "study"))
     if not whole or not {"seeds", "tasks"} <= set(tree["study"]):
         problems.raise_any()
+    named = words(problems, ("streams",), tree["streams"])
     with problems.caught():
         if tree["study"]["tasks"] != {}:
-            problems.check_keys(("study", "tasks"), tree["study"]["tasks"], set(tree["streams"]), required=())
+            problems.check_keys(("study", "tasks"), tree["study"]["tasks"], named, required=())
     seeds: tuple[int, ...] = ()
     with problems.caught():
         seeds = read_seeds(tree["seeds"], ("seeds",))
@@ -131,11 +133,12 @@ def load_search(source: str | Path, *, left_out: Callable[[str], None] | None = 
         sampler = _sampler(tree.get("sampler", "halton"), tree["refinements"])
     streams: dict[str, StreamStudy] = {}
     methods: dict[str, dict[str, MethodSearch]] = {}
-    for name, body in tree["streams"].items():
+    for name in named:
+        body = tree["streams"][name]
         study = read_stream(problems, name, body, kept=())
         methods[name] = {}
-        for label, entry in body["methods"].items() if stream_methods(body) else ():
-            where = ("streams", name, "methods", label)
+        for label in stream_methods(body):
+            where, entry = ("streams", name, "methods", label), body["methods"][label]
             method = _method_search(problems, where, label, entry, tree["trials"], sampler, left_out)
             if method is not None:
                 methods[name][label] = method
@@ -192,7 +195,8 @@ def _method_search(
 ) -> MethodSearch | None:
     """The search of a method; what is wrong with it is noted. None where it is left out."""
     reasons: list[str] = []
-    kinds, spaces = set(), []
+    kinds: list[Any] = []
+    spaces = []
     alternatives = entry if isinstance(entry, list) else [entry]
     with problems.caught():
         if not alternatives:
@@ -207,7 +211,8 @@ def _method_search(
                 raise SettingsError(f"expected settings and ranges, got {alternative!r}", where)
             values, ranges = dict(alternative or {}), {}
             kind = values.pop("kind", label)
-            kinds.add(kind)
+            if kind not in kinds:
+                kinds.append(kind)
             for name, value in values.items():
                 if isinstance(value, dict):
                     with problems.caught():

@@ -1,6 +1,7 @@
 """Study files: what to run, read from YAML, overridden, checked, and written out again in full."""
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import math
@@ -9,13 +10,14 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from jsonargparse import ArgumentParser
-from torch import Tensor
+from torch import Tensor, nn
 
 from clagrange import tasks
 from clagrange._checks import did_you_mean
+from clagrange.networks import LOSSES, build
 from clagrange.study.engine import Run
 from clagrange.study.groups import Groups, start
 from clagrange.study.methods import METHODS, Method, snake_case
@@ -30,6 +32,12 @@ STREAMS: dict[str, type[TaskStream]] = {
     if name not in ("Preset", "Task", "TaskStream")
 }
 """The streams that a study file can name."""
+
+TRIED_EXAMPLES = 4
+"""Examples of the first batch on which networks and methods are tried before anything runs."""
+
+TRIED_WEIGHTS = 1 << 20
+"""Weights of a network up to which methods are tried with a step, which can take seconds for larger ones."""
 
 SCHEDULES = ("sharpness_every", "sample_plasticity_every")
 """Numbers of tasks from one expensive measurement to the next."""
@@ -151,8 +159,9 @@ def load_study(
             check_mapping(("streams",), tree["streams"])
     if not isinstance(tree, dict) or not isinstance(tree.get("streams"), dict):
         problems.raise_any()
-    chosen = _chosen("streams", streams, list(tree["streams"]))
-    every_method = [label for body in tree["streams"].values() for label in stream_methods(body)]
+    named = words(problems, ("streams",), tree["streams"])
+    chosen = _chosen("streams", streams, named)
+    every_method = [label for name in named for label in stream_methods(tree["streams"][name])]
     kept = _chosen("methods", methods, list(dict.fromkeys(every_method)))
     found = {}
     for name in chosen:
@@ -172,36 +181,117 @@ def load_study(
 def check_runs(problems: Problems, study: Study, written: Mapping[str, Any]) -> None:
     """Note what is wrong with the runs of a study: their settings together, and the names of their files.
 
+    Each network, and each method that trains it, is tried on a few examples.
+
     Args:
         problems: of the file that the study is from.
-        study: its runs are made, and not run; numbers of a method may be tensors, one for each replica.
+        study: numbers of a method may be tensors, one for each replica.
         written: the streams as the file has them.
     """
-    for stream, method in study.runs():
+    for name, body in study.streams.items():
+        if not body.methods:
+            continue
+        stream, network = body.stream(study.seeds[0]), None
         with problems.caught():
-            _try(study, stream, method, written[stream])
+            network = _network(body, stream, written[name])
+        if network is None:
+            continue
+        trains = False
+        with problems.caught():
+            _try_network(network, body, stream, written[name])
+            trains = True
+        for method in body.methods:
+            with problems.caught():
+                _try_method(body, method, stream, start=trains)
     _check_file_names(problems, study)
 
 
-def _try(study: Study, stream: str, method: str, written: Mapping[str, Any]) -> None:
-    """Make the network, optimizer and interventions of a run, so that bad numbers show before anything runs."""
-    body = study.streams[stream]
+def _network(body: StreamStudy, stream: TaskStream, written: Mapping[str, Any]) -> nn.Module:
+    """The network of a stream; what is wrong with its settings is raised."""
     try:
-        numbers = [value for value in vars(body.methods[method]).values() if isinstance(value, Tensor)]
-        replicas = max((len(values) for values in numbers), default=1)
-        Run(body.methods[method], [body.stream(study.seeds[0])] * replicas, body.network, measured=False)
+        return build(body.network, stream.input_shape, stream.classes)
     except (TypeError, ValueError, OSError, ImportError) as error:
         name, _, said = str(error).partition(": ")
-        if name in parameters(type(body.methods[method])):
-            raise SettingsError(said, ("streams", stream, "methods", method, name)) from error
         unknown = re.search(r"got '(\w+)'", said) if name == "network" else None
         word = name.removeprefix("network.") if unknown is None else unknown[1]
-        if word in body.network:
-            within = (
-                ("network", word) if "network" in written else ("hidden",) if word == "hidden" else ("stream",)
-            )
-            raise SettingsError(said, ("streams", stream, *within)) from error
-        raise SettingsError(str(error), ("streams", stream, "methods", method)) from error
+        where = _network_key(body, written)
+        if word not in body.network:
+            raise SettingsError(str(error), where) from error
+        raise SettingsError(said, (*where, word) if where[-1] == "network" else where) from error
+
+
+def _network_key(body: StreamStudy, written: Mapping[str, Any]) -> Key:
+    """Where a study file says what the network is; a stream has one of its own."""
+    return ("streams", body.name, next((name for name in ("network", "hidden") if name in written), "stream"))
+
+
+def _try_network(network: nn.Module, body: StreamStudy, stream: TaskStream, written: Mapping[str, Any]) -> None:
+    """Make some of the first batch of a stream, and give it to the network."""
+    try:
+        inputs, targets = stream.task(0).batch(_shortened(stream).order(0, 0)[0], 0)
+    except Exception as error:
+        such_as = ", such as augment" if body.settings.get("augment") else ""
+        raise SettingsError(
+            f"expected a stream whose batches can be made; the first failed with: {_line(error)}; "
+            f"change the settings of the stream{such_as}",
+            ("streams", body.name, "stream"),
+        ) from error
+    try:
+        targets = targets.float() if targets.is_floating_point() else targets
+        LOSSES[stream.loss](network(inputs.float()), targets)  # in training, where a batch can be too small
+    except Exception as error:
+        raise SettingsError(
+            f"expected a network that can be trained on inputs of shape {tuple(stream.input_shape)} in batches "
+            f"of {stream.batch_size}; the first failed with: {_line(error)}; change the network or the batches",
+            _network_key(body, written),
+        ) from error
+
+
+def _try_method(body: StreamStudy, method: str, stream: TaskStream, *, start: bool) -> None:
+    """Make the optimizer and the interventions of a run; start them, and make a step where that is quick."""
+    key = ("streams", body.name, "methods", method)
+    made = body.methods[method]
+    numbers = [value for value in vars(made).values() if isinstance(value, Tensor)]
+    replicas = max((len(values) for values in numbers), default=1)
+    try:
+        run = Run(made, [_shortened(stream)] * replicas, body.network, measured=False)
+    except (TypeError, ValueError, OSError, ImportError) as error:
+        name, _, said = str(error).partition(": ")
+        if name in parameters(type(made)):
+            raise SettingsError(said, (*key, name)) from error
+        raise SettingsError(str(error), key) from error
+    if not start:
+        return
+    try:
+        if sum(weights.numel() for weights in run.network.parameters()) <= TRIED_WEIGHTS * replicas:
+            run.run_task()
+        else:
+            for intervention in run.interventions:
+                intervention.on_start(run.network, run.optimizer)
+    except Exception as error:
+        raise SettingsError(
+            f"expected a method that can train this network; a first step failed with: {_line(error)}; "
+            f"leave the method out, or change the network",
+            key,
+        ) from error
+
+
+def _shortened(stream: TaskStream) -> TaskStream:
+    """The stream with a few examples of the first batch of each task."""
+    size = min(stream.batch_size, TRIED_EXAMPLES)
+    short = copy.copy(stream)
+    vars(short).update(
+        batch_size=size,
+        epochs=1,
+        order=lambda number, epoch: stream.order(number, epoch)[:1, :size],
+        steps_of=lambda number: 1,
+    )
+    return short
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())
 
 
 def _check_file_names(problems: Problems, study: Study) -> None:
@@ -252,9 +342,19 @@ def _chosen(what: str, wanted: Sequence[str] | None, known: list[str]) -> list[s
     return [name for name in known if name in wanted]
 
 
+def words(problems: Problems, key: Key, mapping: Mapping[Any, Any]) -> list[str]:
+    """The names in a mapping; those that YAML reads as numbers, or as true and false, are noted."""
+    for name in mapping:
+        if not isinstance(name, str):
+            message = f"expected a word as a name, got {name!r}, as YAML reads it; put the name in quotes"
+            problems.note(SettingsError(message, (*key, str(name))))
+    return [name for name in mapping if isinstance(name, str)]
+
+
 def stream_methods(body: Any) -> list[str]:
     """The method names in the part of a study file that describes a stream."""
-    return list(body["methods"]) if isinstance(body, dict) and isinstance(body.get("methods"), dict) else []
+    methods = body.get("methods") if isinstance(body, dict) else None
+    return [name for name in methods if isinstance(name, str)] if isinstance(methods, dict) else []
 
 
 def read_stream(
@@ -307,6 +407,7 @@ def _read_methods(
     with problems.caught():
         if "methods" in body:
             check_mapping((*key, "methods"), body["methods"])
+            words(problems, (*key, "methods"), body["methods"])
     for label in stream_methods(body):
         if label not in kept:
             continue
@@ -371,7 +472,7 @@ def preset_of(kind: Any, name: Any, key: Key) -> Preset:
     """A preset of a registered stream."""
     _check_kind(STREAMS, kind, key)
     presets = STREAMS[kind].PRESETS
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         raise SettingsError(
             f"expected one of {', '.join(presets)} of {kind}; got {name!r}{did_you_mean(name, presets)}",
             (*key, "preset"),
@@ -413,6 +514,11 @@ def construct(registry: Mapping[str, type[T]], kind: Any, values: Mapping[str, A
     for name, parameter in signature.items():
         if name in known and parameter.default is parameter.empty and name not in values:
             raise SettingsError(f"expected a setting {name!r} of {kind}, got {', '.join(values) or 'none'}", key)
+        wanted = parameter.annotation
+        may_be_null = wanted is Any or type(None) in get_args(wanted)
+        if values.get(name, parameter) is None and not may_be_null:
+            remedy = "" if parameter.default is parameter.empty else f"; leave {name} out for its default"
+            raise SettingsError(f"expected {_WORDS.get(wanted, 'a value')}, got null{remedy}", (*key, name))
     try:
         made: T = parser.instantiate(parser.parse_object({"it": dict(values)})).it
     except ArgumentError as error:

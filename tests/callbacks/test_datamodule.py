@@ -16,7 +16,7 @@ import clagrange
 from clagrange.callbacks import InterventionCallback, PlasticityMonitor, StreamDataModule, VarianceInjection
 from clagrange.interventions import ContinualBackprop
 from clagrange.networks import mlp
-from clagrange.tasks import PermutedDigits
+from clagrange.tasks import IncrementalCIFAR, PermutedDigits, TaskStream
 
 import lightning.pytorch as pl  # isort: skip
 from lightning.pytorch.callbacks import ModelCheckpoint  # isort: skip
@@ -53,7 +53,21 @@ class Save(pl.Callback):
         trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
-def expected(stream: DoubleDigits) -> tuple[list[torch.Tensor], list[int]]:
+class Inputs(pl.LightningModule):
+    """Trains a number on inputs of any shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (self.weight * batch[0]).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def expected(stream: TaskStream) -> tuple[list[torch.Tensor], list[int]]:
     inputs, tasks = [], []
     for number in range(stream.tasks):
         for epoch in range(stream.epochs):
@@ -105,6 +119,48 @@ def test_every_way_trains_on_the_streams_own_batches(mode: str, epochs: int, tmp
     inputs, tasks = expected(stream(epochs))
     assert seen.tasks == tasks
     assert torch.equal(torch.stack(seen.inputs), torch.stack(inputs))
+
+
+def growing() -> IncrementalCIFAR:
+    return IncrementalCIFAR(
+        "digits", tasks=3, classes_per_task=2, examples_per_class=11, batch_size=4, epochs=2, augment=False
+    )
+
+
+@pytest.mark.parametrize("make", [partial(stream, epochs=2), growing])
+def test_one_trainer_can_fit_several_tasks(make: Callable[[], TaskStream], tmp_path: Path) -> None:
+    tasks, seen = make(), Seen()
+    model, data = Inputs(), tasks.as_datamodule(mode="task")
+    made = trainer(tmp_path, callbacks=[seen], max_epochs=0)
+    for number in range(tasks.tasks):
+        data.start(number)
+        for _ in range(tasks.epochs):  # a fit for each epoch
+            made.fit_loop.max_epochs += 1
+            made.fit(model, data)
+    inputs, numbers = expected(tasks)
+    assert seen.tasks == numbers
+    assert all(torch.equal(one, other) for one, other in zip(seen.inputs, inputs, strict=True))
+
+
+def test_one_trainer_goes_on_in_the_middle_of_a_task(tmp_path: Path) -> None:
+    tasks, seen = growing(), Seen()
+    data = tasks.as_datamodule(mode="task")
+    made = trainer(tmp_path, callbacks=[], max_epochs=2)
+    made.fit(Inputs(), data)
+    data.start(1)
+    made.fit_loop.max_epochs = 4
+    made.callbacks.append(Save(tmp_path))
+    made.fit(Inputs(), data)
+    first, steps = tasks.first_step(1), tasks.epochs * tasks.steps_of(1)
+
+    data = tasks.as_datamodule(mode="task")
+    again = trainer(tmp_path, callbacks=[seen], max_epochs=4)
+    again.fit(Inputs(), data, ckpt_path=tmp_path / f"{first + 3}.ckpt", weights_only=True)
+    inputs, _ = expected(tasks)
+    assert seen.tasks == [1] * (steps - 3)
+    assert all(
+        torch.equal(one, other) for one, other in zip(seen.inputs, inputs[first + 3 : first + steps], strict=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -257,3 +257,41 @@ def test_a_flat_direction_stays_where_it_is() -> None:
     rule = LinearRule(torch.tensor([0.0, 1.0]), torch.tensor([5.0, -0.5]), discount=0.5)
     end = rule.path(torch.tensor([3.0, 3.0]), torch.tensor([200.0]))[0]
     torch.testing.assert_close(end, torch.tensor([3.0, -0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5])
+def test_a_flat_direction_stays_without_a_weight_decay(discount: float) -> None:
+    """Also where the Hessian is flat to rounding only."""
+    start, minimum, times = (
+        torch.tensor(values).double() for values in ([3.0, 3.0], [5.0, -0.5], [0.0, 1.0, 80.0])
+    )
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+    settings = {"decay": 0.0, "discount": discount}
+    straight, end = decaying_path(start, minimum, times, hessian=torch.tensor([0.0, 1.0]).double(), **settings)
+    torch.testing.assert_close(end, torch.tensor([3.0, -0.5]).double())
+    torch.testing.assert_close(straight[:, 0], torch.full((3,), 3.0).double())
+    torch.testing.assert_close(straight[:, 1], -0.5 + 3.5 * torch.exp(-decay_rate(1.0, discount) * times))
+    hessian = turn @ torch.diag(torch.tensor([0.0, 1.0]).double()) @ turn.mT
+    turned, end_turned = decaying_path(turn @ start, turn @ minimum, times, hessian=hessian, **settings)
+    torch.testing.assert_close(turned, straight @ turn.mT)
+    torch.testing.assert_close(end_turned, turn @ end)
+    for curvature, weight in ((0.0, 1.0), (1.0, 0.0)):
+        nothing = {"hessian": torch.full((2,), curvature).double(), "loss_weight": weight}
+        still, end = decaying_path(start, minimum, times, **nothing, **settings)
+        assert torch.equal(still, start.expand(3, 2))
+        assert torch.equal(end, start)
+
+
+@pytest.mark.parametrize("size", [4, 20, 200])
+def test_singular_hessians_in_single_precision(size: int) -> None:
+    """Their smallest eigenvalues come out a little below 0."""
+    for seed in range(20):
+        root = torch.randn(size, 2, generator=torch.Generator().manual_seed(seed))
+        step = optimal_step(torch.ones(size), root @ root.T, duration=1.0, discount=1.0)
+        exact = optimal_step(
+            torch.ones(size).double(), root.double() @ root.double().T, duration=1.0, discount=1.0
+        )
+        torch.testing.assert_close(step.double(), exact, rtol=1e-3, atol=1e-3)
+    below = torch.diag(torch.tensor([1.0, 1.0, -1e-4]))
+    with pytest.raises(ValueError, match="positive semi-definite"):
+        decay_matrix(below, discount=1.0)

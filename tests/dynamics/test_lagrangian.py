@@ -136,6 +136,16 @@ def test_prior_shifts_curvature_and_minimum() -> None:
     torch.testing.assert_close(anchored.acceleration(x, v), stiff.acceleration(x, v))
 
 
+def test_without_a_loss_the_prior_alone_acts() -> None:
+    """U = τ·KL(q‖prior): its gradient is τ(μ − μ_p)/σ_p² and, by ℓ = ½log v, τ(v/σ_p² − 1)."""
+    settings = {"entropy_weight": TAU, "prior_variance": 2.5, "prior_mean": 0.3, "discount": GAMMA}
+    prior = gaussian_weights(HESSIAN, CENTRE, loss_weight=0.0, **settings)
+    x = torch.tensor([0.4, -0.1, 0.2, 0.1, -0.3, 0.5], dtype=torch.float64)
+    slope = torch.func.grad(prior.potential)(x)
+    expected = torch.cat([(x[:3] - 0.3) / 2.5, (2.0 * x[3:]).exp() / 2.5 - 1.0])
+    torch.testing.assert_close(slope, TAU * expected)
+
+
 def test_fisher_metric_is_the_curvature_of_the_divergence() -> None:
     metric = GaussianFisher("variance")
     normal = torch.distributions.Normal

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 from clagrange import collapse, gaussianize, replicas
 from clagrange.gaussian import Diagonal, DiagonalPrecision, Kronecker, KroneckerPrecision
-from clagrange.gaussian.curvature import FactorObserver, PerExampleObserver, _proportion
+from clagrange.gaussian.curvature import FactorObserver, PerExampleObserver, proportion
 from clagrange.gaussian.layers import GaussianLayer
 from clagrange.optim.euler_lagrange_step import squared_gradient
 
@@ -624,7 +624,7 @@ def test_a_gradient_of_zeros(precision: object) -> None:
     """It is 0 times what was seen; where that is 0 as well, nothing tells that it was multiplied."""
     layer, inputs = make("linear", precision)
     assert (after_changes(layer, inputs, torch.zeros_like)[0] == 0).all()
-    numbers, _ = _proportion(torch.zeros(1, 3), torch.zeros(1, 3), stacked=True)
+    numbers, _ = proportion(torch.zeros(1, 3), torch.zeros(1, 3), stacked=True)
     assert numbers.tolist() == [1.0]
 
 

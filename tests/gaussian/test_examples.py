@@ -7,6 +7,7 @@ from torch import nn
 
 from clagrange import GaussianConv2d, GaussianLinear, gaussianize, replicas
 from clagrange.gaussian import gaussian_layers
+from clagrange.optim import EulerLagrange
 
 
 def counts(net: nn.Module) -> set[tuple[int, int]]:
@@ -76,6 +77,58 @@ def test_sequences_have_more_positions_than_examples() -> None:
     layer = GaussianLinear(4, 2)
     layer(torch.randn(3, 7, 2, 4)).sum().backward()
     assert counts(layer) == {(3, 42)}
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_steps_of_a_recurrent_cell_are_positions(cell: type[nn.Module]) -> None:
+    """Of all backward passes that accumulate; a frozen weight leaves the other's count."""
+    net = gaussianize(cell(3, 5))
+
+    def unroll(batch: int, steps: int) -> None:
+        state, outputs = None, []
+        for _ in range(steps):
+            state = net(torch.randn(batch, 3), state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        torch.stack(outputs).mean().backward()
+
+    unroll(4, 6)
+    assert counts(net) == {(4, 24)}
+    unroll(2, 3)
+    assert counts(net) == {(6, 30)}
+    net.zero_grad()
+    net.weight_hh.requires_grad_(False)
+    net.bias_hh.requires_grad_(False)
+    unroll(4, 6)
+    assert counts(net) == {(4, 24)}
+    net.clear_examples()
+    net.zero_grad(set_to_none=False)
+    unroll(4, 1)
+    assert counts(net) == {(4, 4)}
+
+
+def test_an_unrolled_cell_learns_of_the_mean_over_positions_what_its_head_does() -> None:
+    """n·g² with n the positions, of the cell as of the head that gets all steps together."""
+
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.RNNCell(3, 5), nn.Linear(5, 2)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            states = [self.cell(inputs[:, 0])]
+            for step in range(1, inputs.shape[1]):
+                states.append(self.cell(inputs[:, step], states[-1]))
+            return self.head(torch.stack(states, 1))
+
+    torch.manual_seed(0)
+    net = gaussianize(Unrolled())
+    optimizer = EulerLagrange(net, curvature_decay=0.5, loss_reduction="position_mean")
+    targets = torch.randint(2, (24,))
+    nn.functional.cross_entropy(net(torch.randn(4, 6, 3)).flatten(0, 1), targets).backward()
+    squares = [0.5 * net.cell.weight_hh.grad.square(), 0.5 * net.head.weight.grad.square()]
+    optimizer.step()
+    for square, precision in zip(squares, (net.cell.weight_hh_precision, net.head.weight_precision), strict=True):
+        torch.testing.assert_close(precision.curvature, 24 * square)
 
 
 def test_inputs_without_a_batch() -> None:

@@ -258,6 +258,22 @@ def test_attention_takes_its_output_projection_along() -> None:
     assert type(attention.out_proj) is NonDynamicallyQuantizableLinear
 
 
+def test_layers_of_a_transformer_that_puts_the_sequence_first_are_refused() -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(
+        ValueError, match=r"'linear1' .*the sequence in a TransformerEncoderLayer with batch_first="
+    ):
+        gaussianize(encoder)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 1)
+    with pytest.raises(ValueError, match=r"'layers\.0\.norm2' .*a TransformerDecoderLayer with batch_first="):
+        gaussianize(decoder, layers={nn.Linear: None, "layers.0.norm2": {}})
+    assert gaussian_names(encoder) | gaussian_names(decoder) == set()
+    attention = gaussianize(encoder, layers={"linear?": None})  # it knows where its batch is
+    assert gaussian_names(attention) == {"self_attn", "self_attn.out_proj"}
+    attention(torch.randn(7, 3, 8)).sum().backward()
+    assert {(layer.examples, layer.positions) for _, layer in gaussian_layers(attention)} == {(3, 21)}
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's encoder uses them
 def test_transformers_train_and_take_their_fast_path_at_the_mean() -> None:
     torch.manual_seed(0)

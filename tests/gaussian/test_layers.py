@@ -235,14 +235,14 @@ MASKED_ATTENTION = {
 }
 
 CELLS = {
-    "RNN cell": LayerCase(lambda: nn.RNNCell(3, 4), floats(N, 3), two_steps, exact=False),
+    "RNN cell": LayerCase(lambda: nn.RNNCell(3, 4), floats(N, 3), two_steps, 2 * N, exact=False),
     "RNN cell with ReLU": LayerCase(
-        lambda: nn.RNNCell(3, 4, bias=False, nonlinearity="relu"), floats(N, 3), two_steps, exact=False
+        lambda: nn.RNNCell(3, 4, bias=False, nonlinearity="relu"), floats(N, 3), two_steps, 2 * N, exact=False
     ),
-    "LSTM cell": LayerCase(lambda: nn.LSTMCell(3, 4), floats(N, 3), hidden_and_cell, exact=False),
-    "GRU cell": LayerCase(lambda: nn.GRUCell(3, 4), floats(N, 3), two_steps, exact=False),
+    "LSTM cell": LayerCase(lambda: nn.LSTMCell(3, 4), floats(N, 3), hidden_and_cell, 2 * N, exact=False),
+    "GRU cell": LayerCase(lambda: nn.GRUCell(3, 4), floats(N, 3), two_steps, 2 * N, exact=False),
     "GRU cell, one example": LayerCase(
-        lambda: nn.GRUCell(3, 4, bias=False), floats(3), two_steps, positions=1, examples=1, exact=False
+        lambda: nn.GRUCell(3, 4, bias=False), floats(3), two_steps, positions=2, examples=1, exact=False
     ),
 }
 

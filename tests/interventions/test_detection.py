@@ -252,6 +252,30 @@ def test_wrong_answers_of_which_the_weights_are_sure_surprise_more() -> None:
     assert scores[0] > 1.5 * scores[1] > 0.0
 
 
+def test_classes_that_a_network_leaves_out_change_nothing() -> None:
+    """Logits of −∞ beside others, as of a head that grows: their 0·log 0 is 0."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = package_mlp(5, [8], 3, seed=1).double()
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return nn.functional.pad(self.net(inputs), (0, 2), value=-torch.inf)
+
+    scores = []
+    for make in (Padded, lambda: Padded().net):
+        net = gaussianize(make())
+        optimizer, detector = EulerLagrange(net, lr=1e-9), PredictiveSurprise()
+        detector.on_start(net, optimizer)
+        inputs, targets = batch()
+        detector.on_loss(net, cross_entropy(net(inputs), targets))
+        detector.on_gradient(net, optimizer)
+        scores.append(detector._signal(net, optimizer))
+    torch.testing.assert_close(*scores)
+    assert bool(scores[0].isfinite().all())
+
+
 # ----------------------------------------------------------------------------------------------- replicas
 def test_only_the_replica_in_which_a_switch_is_noticed_is_changed() -> None:
     net = replicas.stack([gaussianize(mlp(seed)) for seed in range(R)])

@@ -18,6 +18,7 @@ from clagrange.interventions import (
     SelfNormalizedResets,
 )
 from clagrange.optim import EulerLagrange
+from clagrange.replicas import generators_from_seeds
 
 
 def with_a_dead_unit(unit: int = 2) -> nn.Sequential:
@@ -214,7 +215,8 @@ def test_graded_update_on_a_fixed_example() -> None:
     optimizer = still(net)
     method.on_start(net, optimizer)
     w_in, b_in, w_out = (p.detach().double() for p in (net[0].weight, net[0].bias, net[2].weight))
-    generator, bound = torch.Generator().manual_seed(3), math.sqrt(2) * math.sqrt(3 / 5)
+    generator = generators_from_seeds(3, purpose="GradedContinualBackprop")
+    bound = math.sqrt(2) * math.sqrt(3 / 5)
     u = torch.ones(6, dtype=torch.float64)
     for step in range(4):
         backward(net, optimizer, *batch(step, dtype=torch.float32))
@@ -275,7 +277,7 @@ def test_last_layer_reset_draws_it_afresh() -> None:
         step_with(net, optimizer, method, *batch(2))
         expected = torch.empty(3, 4, dtype=torch.float64)
         bound = math.sqrt(2) * math.sqrt(3 / 4)
-        expected.uniform_(-bound, bound, generator=torch.Generator().manual_seed(4))
+        expected.uniform_(-bound, bound, generator=generators_from_seeds(4, purpose="LastLayerReset"))
         assert torch.equal(net[4].weight, expected)
         assert not net[4].bias.any()
         assert bool(optimizer.state[net[4].weight]["momentum_buffer"].any()) != forget

@@ -74,6 +74,34 @@ def run(name: str, rank: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
     return dict(net.state_dict()), method.state_dict()
 
 
+UNEVEN: dict[str, Callable[[], Intervention]] = {
+    "input_normalization": interventions.InputNormalization,
+    "contribution": lambda: interventions.ContinualBackprop(0.2, maturity=2),
+    "redo": lambda: interventions.ReDo(0.9, every=4),
+    "redo_gradient": lambda: interventions.ReDo(0.9, every=4, score="gradient"),
+    "resets": lambda: interventions.SelfNormalizedResets(0.5, longest=3),
+}
+
+
+def run_uneven(name: str, rank: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same, but the second process has no example of the first batch and of the fifth."""
+    net = mlp(rank or 0)
+    model: nn.Module = net if rank is None else DistributedDataParallel(net)
+    optimizer, method = torch.optim.SGD(net.parameters(), lr=0.05), UNEVEN[name]()
+    method.on_start(net, optimizer)
+    for step in range(8):
+        split = 8 if step in (0, 4) else 4
+        part = {None: slice(None), 0: slice(split), 1: slice(split, None)}[rank]
+        inputs, targets = batch(step)
+        optimizer.zero_grad()
+        losses = nn.functional.cross_entropy(model(inputs[part]), targets[part], reduction="none")
+        (losses.sum() / (8 if rank is None else 4)).backward()
+        method.gradient_known(net, optimizer)
+        optimizer.step()
+        method.step_taken(net, optimizer)
+    return dict(net.state_dict()), method.state_dict()
+
+
 def _process(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo",
@@ -84,7 +112,9 @@ def _process(rank: int, folder: str) -> None:
     )
     torch.set_num_threads(1)
     try:
-        torch.save({name: run(name, rank) for name in [*METHODS, "upgd"]}, f"{folder}/{rank}.pt")
+        made = {name: run(name, rank) for name in [*METHODS, "upgd"]}
+        made |= {f"{name}, uneven": run_uneven(name, rank) for name in UNEVEN}
+        torch.save(made, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -103,3 +133,20 @@ def test_two_processes_are_alike_and_equal_one(name: str, results) -> None:
     if name == "surprise":  # what a network expects of half a batch is not half of what it expects
         return
     assert_same_tensors(first[0], run(name, None)[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_where_one_process_has_no_examples(name: str, results) -> None:
+    """Inputs and gradients are those of the joint batch; units are not counted in such a step."""
+    first, second = (result[f"{name}, uneven"] for result in results)
+    assert_same_tensors(first[0], second[0])
+    state = first[1]["state"]
+    torch.testing.assert_close(state, second[1]["state"], rtol=0, atol=0)
+    if name in ("input_normalization", "redo_gradient"):
+        alone = run_uneven(name, None)
+        assert_same_tensors(first[0], alone[0], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(state, alone[1]["state"], rtol=1e-8, atol=1e-10)
+    else:
+        assert all(value.isfinite().all() for value in [*first[0].values(), *state["0"].values()])
+    if name == "contribution":
+        assert int(state["0"]["age"].max()) <= 6

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from clagrange.interventions import ContinualBackprop
 from clagrange.networks import initialize
+from clagrange.replicas import generators_from_seeds
 
 STEPS = 2000
 RATE, MATURITY, DECAY = 2e-3, 30, 0.99
@@ -40,7 +41,7 @@ class Published:
     def __init__(self, net: nn.Sequential, utility: str, seed: int) -> None:
         self.layers = [layer for layer in net if isinstance(layer, nn.Linear)]
         self.utility = utility
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generators_from_seeds(seed, purpose="ContinualBackprop")
         widths = [layer.out_features for layer in self.layers[:-1]]
         self.age, self.mean, self.value = ([torch.zeros(width).double() for width in widths] for _ in range(3))
         self.counter = [0.0] * len(widths)

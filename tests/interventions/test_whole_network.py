@@ -24,6 +24,7 @@ from clagrange.interventions import (
 from clagrange.networks import initialize
 from clagrange.networks import mlp as package_mlp
 from clagrange.optim import EulerLagrange
+from clagrange.replicas import generators_from_seeds
 
 
 def sgd(net: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
@@ -87,7 +88,7 @@ def test_shrink_and_perturb_toward_fresh_initial_weights_keeps_the_scale_of_each
         method.on_step(net, sgd(net))
     assert_same_tensors(dict(net.state_dict()), before)
     method.on_step(net, sgd(net))
-    initialize(fresh, torch.Generator().manual_seed(5))
+    initialize(fresh, generators_from_seeds(5, purpose="ShrinkAndPerturb"))
     assert_same_tensors(dict(net.state_dict()), dict(fresh.state_dict()))
 
 
@@ -97,7 +98,7 @@ def test_shrink_and_perturb_goes_part_of_the_way_to_fresh_weights() -> None:
     method = ShrinkAndPerturb(shrink=0.5, noise=0.25, every="switch", perturbation="initial", seed=5)
     method.on_start(net, sgd(net))
     method.on_switch(net, sgd(net))
-    initialize(fresh, torch.Generator().manual_seed(5))
+    initialize(fresh, generators_from_seeds(5, purpose="ShrinkAndPerturb"))
     for name, value in net.state_dict().items():
         torch.testing.assert_close(value, 0.5 * before[name] + 0.25 * fresh.state_dict()[name])
 
@@ -142,7 +143,7 @@ def test_l2_init_draws_its_origin_anew(moment: str) -> None:
     net, fresh, method = mlp(), mlp(1), L2Init(1.0, resample=moment, seed=7)
     optimizer = sgd(net)
     method.on_start(net, optimizer)
-    generator = torch.Generator().manual_seed(7)
+    generator = generators_from_seeds(7, purpose="L2Init")
     for _ in range(2):
         backward(net, optimizer, *batch())
         gradients = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
@@ -228,7 +229,7 @@ def test_full_reset_is_a_fresh_network(make) -> None:
             precision.curvature.add_(1.0)
     method.on_switch(net, optimizer)
     fresh = make(5)
-    initialize(fresh, torch.Generator().manual_seed(11))
+    initialize(fresh, generators_from_seeds(11, purpose="FullReset"))
     assert_same_tensors(dict(net.state_dict()), dict(gaussianize(fresh, prior_variance=0.4).state_dict()))
 
 
@@ -368,7 +369,7 @@ def test_what_the_loss_holds_survives_the_switch() -> None:
     """A weight of 4 inputs of which the data determine two: those stay, the others are drawn afresh."""
     layer = gaussianize(nn.Linear(4, 500, bias=False).double(), prior_mean="initial")
     optimizer = EulerLagrange(layer, lr=0.05, temperature=1e-5, variance_rate=0.2)
-    method = VarianceInjection(strength=1.0)
+    method = VarianceInjection(strength=1.0, seed=1)
     method.on_start(layer, optimizer)
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):

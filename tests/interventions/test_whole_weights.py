@@ -80,7 +80,7 @@ def test_the_gradient_is_that_of_the_penalty(make, power: float) -> None:
         train(net, sgd(net), range(3))
     optimizer = sgd(net)
     method.on_start(net, optimizer)
-    for _ in range(100):  # the vectors converge
+    for _ in range(300):  # the vectors converge
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         method.on_gradient(net, optimizer)

@@ -1,6 +1,7 @@
 """Natural gradient and geometric mean: against dense matrices, in their limits, and through hooks."""
 
 import copy
+import gc
 import io
 import pickle
 
@@ -10,8 +11,9 @@ from cases import R, assert_same_tensors, backward, batch, mlp, tensor, train
 from torch import nn
 
 from clagrange import replicas
+from clagrange.metrics import gradient_norm, sharpness
 from clagrange.optim import Ballistic, GeometricMean, NaturalGradient
-from clagrange.optim.kronecker import FisherObserver, kronecker_solve
+from clagrange.optim.kronecker import kronecker_solve, raised_diagonal
 from clagrange.optim.natural_gradient import geometric_mean
 
 KRONECKER = [
@@ -259,8 +261,110 @@ def test_two_optimizers_share_the_hooks_of_a_network() -> None:
     net = mlp()
     first, second = (NaturalGradient(net, structure="kronecker") for _ in range(2))
     for layer in (net[0], net[2], net[4]):
-        assert sum(isinstance(hook, FisherObserver) for hook in layer._forward_hooks.values()) == 1
+        assert len(layer._forward_hooks) == 1
     assert first._observer_of(net[0].weight) is second._observer_of(net[0].weight)
+
+
+def test_hooks_go_with_the_optimizers_that_use_them() -> None:
+    net = mlp()
+    first, second = (NaturalGradient(net, structure="kronecker") for _ in range(2))
+    train(net, first, range(1))
+    del first
+    gc.collect()
+    train(net, second, range(2))
+    alone = copy.deepcopy(net)  # a copy without its optimizer
+    del second
+    gc.collect()
+    assert not any(layer._forward_hooks for layer in net)
+    optimizer = NaturalGradient(alone, structure="kronecker")
+    assert [len(alone[index]._forward_hooks) for index in (0, 2, 4)] == [1, 1, 1]
+    train(alone, optimizer, range(2))
+
+
+@kronecker
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.bfloat16, 1e-2)])
+def test_scaled_losses_make_the_same_steps(form, settings: dict, dtype: torch.dtype, tolerance: float) -> None:
+    """Output gradients arrive scaled, and the gradients of the parameters are unscaled before the step."""
+    nets = mlp(dtype=dtype), mlp(dtype=dtype)
+    for net, enabled in zip(nets, (True, False), strict=True):
+        optimizer = form(net, **settings)
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        for step in range(5):
+            inputs, targets = batch(step, dtype=dtype)
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(net(inputs), targets)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert not torch.equal(nets[1][0].weight, mlp(dtype=dtype)[0].weight)
+    assert_same_tensors(dict(nets[0].state_dict()), dict(nets[1].state_dict()), rtol=tolerance, atol=tolerance)
+
+
+def test_factors_are_of_the_gradient_that_the_optimizer_sees() -> None:
+    """Multiplied with a number of each replica, weights and biases; at 1 they are the same to the last bit."""
+    stacked = replicas.stack([mlp(seed) for seed in range(R)])
+    optimizer = NaturalGradient(stacked, structure="kronecker")
+    backward(stacked, optimizer, *(torch.stack(part) for part in zip(*map(batch, range(R)), strict=True)))
+    observer = optimizer._observer_of(stacked[2].weight)
+    outputs, inputs = observer.factors()
+    factors = tensor(1.0, 1e-5, -0.5)
+    for parameter, at in ((stacked[2].weight, outputs), (stacked[2].bias, outputs.diagonal(dim1=-2, dim2=-1))):
+        shape = (R, *[1] * (at.dim() - 1))
+        gradient = parameter.grad * factors.view(R, *[1] * (parameter.dim() - 1))
+        seen, *rest = optimizer._observed(parameter, gradient, optimizer.param_groups[0])
+        torch.testing.assert_close(seen, at * factors.square().view(shape))
+        assert torch.equal(seen[0], at[0])
+        assert all(torch.equal(other, inputs) for other in rest)
+
+
+@kronecker
+def test_passes_of_functional_transforms_are_not_seen(form, settings: dict) -> None:
+    """`clagrange.metrics.gradient_norm` between the backward pass and the step, and after it."""
+    nets = mlp(), mlp()
+    for net in nets:
+        optimizer = form(net, **settings)
+        for step in range(3):
+            inputs, targets = batch(step)
+            optimizer.zero_grad(set_to_none=False)
+            nn.functional.cross_entropy(net(inputs), targets).backward()
+            if net is nets[0]:
+                gradient_norm(net, inputs[:3], targets[:3])
+            optimizer.step()
+            if net is nets[0]:
+                sharpness(net, inputs[:3], targets[:3])
+    assert_same_tensors(dict(nets[0].state_dict()), dict(nets[1].state_dict()), rtol=0, atol=0)
+
+
+@kronecker
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_replica_that_is_not_finite_leaves_the_others_alone(form, settings: dict, bad: float) -> None:
+    stacks = [replicas.stack([mlp(seed) for seed in range(R)]) for _ in range(2)]
+    for net in stacks:
+        optimizer = form(net, **settings)
+        for step in range(4):
+            inputs, targets = (
+                torch.stack(part) for part in zip(*[batch(step + r) for r in range(R)], strict=True)
+            )
+            if net is stacks[0] and step == 2:
+                inputs[1] = bad
+            backward(net, optimizer, inputs, targets)
+            optimizer.step()
+    bad_net, good_net = (replicas.unstack(net) for net in stacks)
+    for index in (0, 2):
+        others = dict(bad_net[index].state_dict()), dict(good_net[index].state_dict())
+        assert_same_tensors(*others, rtol=1e-12, atol=1e-12)
+    assert not any(value.isfinite().all() for value in bad_net[1].state_dict().values())
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_wide_layers_with_few_rows_in_single_precision(rows: int) -> None:
+    """The factors are singular, and what is added to their diagonal is more than their rounding."""
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.zeros(64, 64)
+    for _ in range(30):
+        x = torch.rand(rows, 64, generator=generator) * torch.logspace(-3, 2, 64)
+        factor = 0.99 * factor + x.mT @ x
+        for scale in (1e-8, 1.0, 1e8):
+            assert bool(torch.isfinite(geometric_mean(raised_diagonal(scale * factor), factor)).all())
 
 
 def test_what_kronecker_cannot_do_is_refused() -> None:

@@ -121,7 +121,11 @@ class Normalised(nn.Sequential):
         super().__init__(mlp[0], mlp[1], nn.LayerNorm(16), mlp[2], mlp[3])
 
 
-@pytest.mark.parametrize("make", [euler_lagrange, continual_backprop])
+def upgd(net: nn.Module) -> Any:
+    return cl.strategies.UPGD(model=net, lr=0.05, noise=0.1, evaluator=evaluator(), train_mb_size=16)
+
+
+@pytest.mark.parametrize("make", [euler_lagrange, continual_backprop, upgd])
 @pytest.mark.parametrize("plugin_first", [True, False])
 def test_a_resumed_run_ends_with_the_identical_weights(make: Any, plugin_first: bool, tmp_path: Path) -> None:
     def started() -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from clagrange import replicas
 from clagrange.cli import main
 from clagrange.gaussian import gaussian_layers
+from clagrange.replicas import generators_from_seeds
 from clagrange.study import clock
 from clagrange.study.engine import Run
 from clagrange.study.extras import EXTRAS
@@ -60,7 +61,7 @@ def test_ivon_is_the_package_s_own_loop(package):
     ours, _, _ = ivon_run(range(10))
     theirs = mlp()
     optimizer = package.IVON(theirs.parameters(), **SETTINGS)
-    torch.manual_seed(3)
+    torch.set_rng_state(generators_from_seeds(3, purpose="IVONSampling").get_state())
     for step in range(10):
         with optimizer.sampled_params(train=True):
             backward(theirs, optimizer, *batch(step))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -22,6 +23,7 @@ from clagrange.study.machine import environment
 from clagrange.study.reporting.comparison import best, own_best
 from clagrange.study.reporting.events import write_events
 from clagrange.study.reporting.findings import comparisons, findings
+from clagrange.study.reporting.output import write_output
 from clagrange.study.reporting.plots import accuracy_figure, running_mean, spread_apart, write_plots
 from clagrange.study.reporting.report import write_report
 from clagrange.study.reporting.sensitivity import method_trials
@@ -36,6 +38,8 @@ from clagrange.study.reporting.summary import (
     write_summary,
 )
 from clagrange.study.results import METRICS, MethodResult
+from clagrange.study.settings import load_study
+from clagrange.study.store import Folder
 
 ROOT = Path(__file__).parents[2]
 TASKS, SEEDS = 20, 4
@@ -344,6 +348,48 @@ def test_plots_are_pictures_and_leave_no_global_state(tmp_path):
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(paths)
     assert dict(mpl.rcParams) == before
     assert write_plots(tmp_path, []) == []
+
+
+def test_pictures_of_earlier_results_are_removed(tmp_path):
+    (tmp_path / "streams").mkdir()
+    earlier = [tmp_path / name for name in (*PICTURES, "streams/digits.png", "streams/gone.png")]
+    others = [tmp_path / "mine.png", tmp_path / "streams" / "notes.txt"]
+    for path in (*earlier, *others):
+        path.write_bytes(b"of other settings")
+    written = write_plots(tmp_path, [fake("sgd", shape=(2, 3))])
+    assert sorted(path for path in earlier if path.exists()) == sorted(written)
+    assert not any(path.read_bytes() == b"of other settings" for path in written)
+    write_plots(tmp_path, [])
+    assert not any(path.exists() for path in earlier)
+    assert all(path.exists() for path in others)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_environment_of_a_study_is_that_of_its_runs(tmp_path, monkeypatch, device):
+    """No GPU is needed: one is pretended."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"a fast {device}")
+    file = tmp_path / "study.yaml"
+    file.write_text("seeds: 2\nstreams: {permuted_digits: {stream: {tasks: 3}, methods: {sgd: {}}}}")
+    folder = Folder(tmp_path / "out")
+    folder.prepare(load_study(file))
+    settings = {} if device == "cpu" else {"device": device}
+    result = fake("sgd", stream="permuted_digits", shape=(2, 3))
+    result = dataclasses.replace(result, origin={"settings": settings, "data": "", "version": ""})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        write_output(folder, status="complete", results=[result])
+    finally:
+        torch.set_num_threads(threads)
+    described = json.loads((folder.path / "summary.json").read_text())["environment"]
+    assert described["device"] == {"cpu": "cpu", "cuda": "cuda (a fast cuda)"}[device]
+    assert described["threads"] == 1
+
+
+def test_a_device_that_is_not_here_is_named_all_the_same(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert environment("cuda")["device"] == "cuda"
 
 
 class Page(HTMLParser):

@@ -10,10 +10,11 @@ import yaml
 
 from clagrange.cli import main
 from clagrange.study import groups
+from clagrange.study import search as search_module
 from clagrange.study.files import only_writer
 from clagrange.study.problems import SettingsError
 from clagrange.study.samplers import Dimension
-from clagrange.study.search import run_search, study_of_winners
+from clagrange.study.search import MethodsFailed, run_search, study_of_winners
 from clagrange.study.search_file import load_search
 from clagrange.study.settings import load_study, read_yaml
 from clagrange.study.store import checksum, code_version
@@ -262,6 +263,62 @@ def test_tune_stores_the_winners_beside_the_trials(tmp_path, monkeypatch, capsys
     assert yaml.safe_load(config.read_text()) == SEARCH
 
 
+def fail(monkeypatch, kinds):
+    """Let the trials of some kinds of methods fail."""
+    run = search_module._run
+
+    def failing(kind, trials, **settings):
+        if kind in kinds:
+            raise RuntimeError(f"no trial\nof {kind}")
+        return run(kind, trials, **settings)
+
+    monkeypatch.setattr(search_module, "_run", failing)
+
+
+def test_a_method_that_fails_is_named_and_the_others_are_tried(tmp_path, monkeypatch):
+    search = load_search(write(tmp_path / "search.yaml", SEARCH))
+    fail(monkeypatch, {"l2_init"})
+    lines: list[str] = []
+    with pytest.raises(MethodsFailed, match=r"permuted_digits\.l2_init failed: .*\n.* again to try") as error:
+        run_search(search, tmp_path / "found.json", lines.append)
+    assert error.value.reasons == {"permuted_digits.l2_init": "RuntimeError: no trial of l2_init"}
+    assert lines[0] == "permuted_digits.l2_init failed"
+    assert lines[1].startswith("permuted_digits.sgd: ")
+    assert list(error.value.report["streams"]["permuted_digits"]["methods"]) == ["sgd"]
+    assert json.loads((tmp_path / "found.json").read_text()) == error.value.report
+    assert "sgd" in study_of_winners(search, error.value.report)
+
+    monkeypatch.undo()
+    lines.clear()
+    whole = run_search(search, tmp_path / "found.json", lines.append)
+    assert [line.partition(":")[0] for line in lines] == ["permuted_digits.l2_init"]
+    assert list(whole["streams"]["permuted_digits"]["methods"]) == ["sgd", "l2_init"]
+
+
+@pytest.mark.parametrize("failing", [["l2_init"], ["l2_init", "sgd"]])
+def test_tune_writes_the_winners_of_the_methods_that_did_not_fail(tmp_path, monkeypatch, capsys, failing):
+    fail(monkeypatch, failing)
+    config, out = write(tmp_path / "search.yaml", SEARCH), tmp_path / "search.json"
+    assert main(["tune", str(config), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    for kind in failing:
+        assert f"clagrange: permuted_digits.{kind} failed: RuntimeError: no trial of {kind}\n" in said
+    assert "Traceback" not in said
+    winners = tmp_path / "search_winners.yaml"
+    assert winners.exists() == (failing == ["l2_init"])
+    if winners.exists():
+        assert load_study(winners).runs() == [("permuted_digits", "sgd")]
+
+
+def test_trials_of_other_settings_are_no_result_of_a_method_that_fails(tmp_path, monkeypatch):
+    run_search(load_search(write(tmp_path / "search.yaml", SEARCH)), tmp_path / "found.json", lambda line: None)
+    fail(monkeypatch, {"sgd"})
+    search = load_search(write(tmp_path / "other.yaml", changed(lr={"log": [1e-3, 1.0]})))
+    with pytest.raises(MethodsFailed) as error:
+        run_search(search, tmp_path / "found.json", lambda line: None)
+    assert list(error.value.report["streams"]["permuted_digits"]["methods"]) == ["l2_init"]
+
+
 def test_two_processes_do_not_tune_into_one_file(tmp_path):
     config, out = tmp_path / "search.yaml", tmp_path / "out.json"
     config.write_text(yaml.safe_dump(SEARCH))
@@ -293,6 +350,13 @@ def test_scales():
         (changed(lr={"log": [0.0, 0.01]}), "low < high"),
         (changed(lr={"lgo": [0.01, 0.1]}), "did you mean 'log'?"),
         (changed(lrr={"log": [0.01, 0.1]}), "did you mean 'lr'?"),
+        (changed(kind=["sgd"]), r"22: .*sgd\.kind: expected one of sgd, adam, .*; got \['sgd'\]"),
+        (changed(kind={"choice": ["sgd", "adam"]}), r"sgd\.kind: expected one of sgd, adam, .*; got \{'choice'"),
+        (changed(lr=None), r"sgd\.lr: expected a number, got null; leave lr out"),
+        (
+            {**SEARCH, "streams": {5: SEARCH["streams"]["permuted_digits"]}},
+            r"streams\.5: expected a word as a name",
+        ),
         ({**SEARCH, "trials": 0}, "trials: expected a whole number of at least 1"),
         ({**SEARCH, "trails": 3}, "did you mean 'trials'?"),
     ],

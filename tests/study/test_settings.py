@@ -106,7 +106,7 @@ def test_a_network_of_another_kind_is_made_and_written_again(path, tmp_path):
             r"yaml:8: streams.labels.network.nrm: .*got 'nrm'; did you mean 'norm'",
         ),
         ({"kind": "mlp", "hidden": 8}, r"yaml:7: streams.labels.network.hidden: expected a list of widths"),
-        ({"kind": "dohare_convnet"}, r"labels\.methods\.sgd: input_shape: expected images large enough"),
+        ({"kind": "dohare_convnet"}, r"labels\.network: input_shape: expected images large enough"),
         ([8, 8], r"streams\.labels\.network: expected a mapping"),
     ],
 )
@@ -197,6 +197,8 @@ def test_filters_keep_the_order_of_the_file(path):
             ["digits.sample_plasticity_every=0.5"],
             r"sample_plasticity_every: expected a number of tasks .*got 0\.5",
         ),
+        (["strong.lr=null"], r"methods\.strong\.lr: expected a number, got null; leave lr out for its default"),
+        (["digits.stream.preset=[small]"], r"digits\.stream\.preset: expected one of small .*; got \['small'\]"),
         (["digits.threshold=much"], r"digits\.threshold: expected an online accuracy such as 0\.8.*got 'much'"),
         (["strong.lr=.nan"], r"expected a number, got nan|expected a number in"),
     ],
@@ -370,3 +372,74 @@ def test_the_override_is_named_that_a_bad_value_is_from(path):
     ]
     with pytest.raises(SettingsError, match=r"override 'sgd=\{a: 1, a: 2\}':1: a: expected each name once"):
         load_study(path, ["sgd={a: 1, a: 2}"])
+
+
+VIT = {"kind": "vit", "patch": 4, "width": 8, "depth": 1, "heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("body", "method", "message"),
+    [
+        ({"network": VIT}, "continual_backprop", r"methods\.continual_backprop: .*cannot tell which layer"),
+        ({"network": VIT}, "redo", r"methods\.redo: expected a method that can train this network; .* leave"),
+        ({"hidden": []}, "redo", r"methods\.redo: .*at least two linear"),
+        (
+            {"network": {"kind": "resnet18", "width": 2}, "stream": {"batch_size": 1}},
+            "sgd",
+            r"label_permuted\.network: expected .* in batches of 1; the first failed with: Expected more",
+        ),
+    ],
+)
+def test_what_cannot_make_a_step_is_found_before_anything_runs(tmp_path, body, method, message):
+    body = {"methods": {"adam" if method == "sgd" else "sgd": {}, method: {}}, **body}
+    body["stream"] = {"tasks": 1, "examples": 20, "batch_size": 5, **body.get("stream", {})}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({"seeds": 1, "streams": {"label_permuted": body}}))
+    with pytest.raises(SettingsError, match=message) as error:
+        load_study(file)
+    line = file.read_text().splitlines().index("    network:" if method == "sgd" else f"      {method}: {{}}") + 1
+    assert str(error.value).startswith(f"{file}:{line}: streams.label_permuted.")
+    assert "\n" not in str(error.value)
+    if method != "sgd":
+        assert load_study(file, methods=["sgd"]).runs() == [("label_permuted", "sgd")]
+
+
+def test_a_stream_whose_batches_cannot_be_made_is_found_and_bad_numbers_beside_it(tmp_path):
+    stream = {"source": "digits", "tasks": 2, "examples_per_class": 20, "batch_size": 10, "pool": 2, "epochs": 1}
+    body = {"stream": stream, "hidden": [8], "methods": {"sgd": {}, "shrink_and_perturb": {"shrink": 3.0}}}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({"streams": {"incremental_cifar": body}, "seeds": 1}, sort_keys=False))
+    with pytest.raises(SettingsError) as error:
+        load_study(file)
+    first, second = str(error.value).splitlines()
+    assert ":3: streams.incremental_cifar.stream: expected a stream whose batches can be made" in first
+    assert "augment" in first
+    assert "methods.shrink_and_perturb.shrink: expected a number in [0, 1]" in second
+
+
+def test_methods_of_large_networks_are_started_without_a_step(path, monkeypatch):
+    monkeypatch.setattr("clagrange.study.settings.TRIED_WEIGHTS", 0)
+    monkeypatch.setattr("clagrange.study.engine.Run.run_task", lambda run: pytest.fail("took a step"))
+    load_study(path)
+    with pytest.raises(SettingsError, match=r"methods\.redo: expected a method that can train this network"):
+        load_study(path, ["digits.hidden=[]", "digits.methods={redo: {}}"])
+
+
+def test_names_that_are_no_words_are_refused(tmp_path):
+    file = tmp_path / "names.yaml"
+    file.write_text(
+        "seeds: 1\nstreams:\n  5: {methods: {sgd: {}}}\n  permuted_digits:\n    methods:\n"
+        "      sgd: {}\n      1: {kind: sgd}\n      no: {kind: sgd}\n"
+    )
+    with pytest.raises(SettingsError) as error:
+        load_study(file)
+    assert str(error.value).splitlines() == [
+        f"{file}:{line}: {where}: expected a word as a name, got {name}, as YAML reads it; put the name in quotes"
+        for line, where, name in (
+            (3, "streams.5", "5"),
+            (7, "streams.permuted_digits.methods.1", "1"),
+            (8, "streams.permuted_digits.methods.False", "False"),
+        )
+    ]
+    file.write_text("seeds: 1\nstreams: {permuted_digits: {methods: {'1': {kind: sgd}}}}")
+    assert load_study(file).runs() == [("permuted_digits", "1")]

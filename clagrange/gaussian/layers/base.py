@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from clagrange._checks import Number, check_choice
+from clagrange._modes import under_torch_func
 from clagrange.gaussian.curvature import Observer, VarianceObserver
 from clagrange.gaussian.precision import Precision, Product
 from clagrange.gaussian.sampling import MODES, WeightSampler, streams_for
@@ -121,7 +122,9 @@ class GaussianLayer(nn.Module, ABC):
     it is that of both. A layer counts the examples whose gradients its means hold, because an optimizer that
     turns gradients into curvature has to know it: the count starts afresh when gradients were set to None and
     adds up while they accumulate. A layer that is used several times between the same inputs and loss saw these
-    examples once.
+    examples once, and these positions: whether another use is another place of a sequence it cannot know. Only
+    recurrent cells take each use for further positions, the steps of an unrolled sequence. Give any other layer
+    the places of a sequence together, (B, T, ...), where positions count.
 
     Attributes:
         pairs: the weights and the bias that belongs to each, or None.
@@ -129,6 +132,7 @@ class GaussianLayer(nn.Module, ABC):
             `clagrange.interventions.hooked.Hooked`.
         one_hot: whether inputs are one-hot.
         by_default: whether `gaussianize` makes such layers Gaussian without being asked for them by name or type.
+        unrolled: whether each use in a backward pass is of other positions, the steps of a sequence.
         stackable: whether `clagrange.replicas.stack` may give its tensors a replica dimension.
         shared: names of the means that other layers use too; one of the layers has their precision.
         examples: number of examples behind the present gradients (of each replica).
@@ -140,6 +144,7 @@ class GaussianLayer(nn.Module, ABC):
     gathers: ClassVar[tuple[str, ...]] = ("examples", "positions", "_backward", "_before")
     one_hot: ClassVar[bool] = False
     by_default: ClassVar[bool] = True
+    unrolled: ClassVar[bool] = False
     stackable: ClassVar[bool] = False
     shared: frozenset[str]
     examples: int
@@ -149,6 +154,7 @@ class GaussianLayer(nn.Module, ABC):
     _observers: dict[str, Observer]
     _backward: int  # the backward pass that counted last
     _before: tuple[int, int]  # the counts before it
+    _steps: dict[str, int]  # positions of each weight in it, of all uses of an unrolled layer
 
     def __init__(
         self,
@@ -220,6 +226,7 @@ class GaussianLayer(nn.Module, ABC):
             "_observers",
             "_backward",
             "_before",
+            "_steps",
         ):
             delattr(self, attribute)
 
@@ -370,7 +377,7 @@ class GaussianLayer(nn.Module, ABC):
         if not any(parameter.requires_grad for parameter in used if parameter is not None):
             return
         names = [name for name in pair if name in self._observers and self._observers[name].wanted]
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func: no training step
+        transformed = under_torch_func()
         seen = inputs.detach() if names and not transformed else None
 
         def note(gradient: Tensor) -> None:
@@ -382,11 +389,13 @@ class GaussianLayer(nn.Module, ABC):
                 fresh = all(mean.grad is None for _, mean in layer.means())
                 layer._before = (0, 0) if fresh else (layer.examples, layer.positions)
                 layer.examples, layer.positions = layer._before
-                layer._backward = backward
+                layer._backward, layer._steps = backward, {}
                 if fresh:
                     layer._clear_observers()
             layer.examples = max(layer.examples, layer._before[0] + examples)
-            layer.positions = max(layer.positions, layer._before[1] + positions)
+            steps = positions + (layer._steps.get(weight, 0) if layer.unrolled else 0)
+            layer._steps[weight] = steps
+            layer.positions = max(layer.positions, layer._before[1] + steps)
             if seen is None:
                 return
             with torch.autocast(gradient.device.type, enabled=False):
@@ -420,6 +429,7 @@ class GaussianLayer(nn.Module, ABC):
         self.examples = self.positions = 0
         self._backward = -1
         self._before = (0, 0)
+        self._steps = {}
         self._clear_observers()
 
     def _clear_observers(self) -> None:

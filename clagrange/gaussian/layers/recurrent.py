@@ -12,9 +12,10 @@ class _GaussianCell(GaussianLayer, RNNCellBase):
     """What cells share: gates are sums of an affine function of the inputs and one of the hidden state.
 
     Both are watched by themselves, each with its weight and bias as one pair. The steps of an unrolled sequence
-    are taken as positions of the examples.
+    are taken as positions of the examples: each use of the cell in a backward pass has positions of its own.
     """
 
+    unrolled = True
     pairs = (("weight_ih", "bias_ih"), ("weight_hh", "bias_hh"))
 
     @property

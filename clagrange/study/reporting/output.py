@@ -43,7 +43,6 @@ def write_output(
         SettingsError: if no stream has a method of the name ``reference``.
         FileProblem: if a file is damaged.
     """
-    from clagrange.study.machine import environment
     from clagrange.study.reporting.events import write_events
     from clagrange.study.reporting.plots import write_plots
     from clagrange.study.reporting.report import write_report
@@ -67,7 +66,7 @@ def write_output(
         summary = summarize(
             found,
             status=status or ("complete" if len(found) == len(runs) else "interrupted"),
-            environment=(status is None and _stored_environment(folder)) or environment(),
+            environment=(status is None and _stored_environment(folder)) or _environment(found),
             planned=planned,
             tasks={name: body["stream"]["tasks"] for name, body in streams.items()},
             equally_hard={
@@ -94,6 +93,16 @@ def write_output(
     else:
         table(summary, console)
         console.print(f"Report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _environment(results: Sequence[MethodResult]) -> dict[str, object]:
+    """This machine, with the device and the threads of the runs."""
+    from clagrange.study.executors import one_thread
+    from clagrange.study.machine import environment
+
+    devices = {(result.origin or {}).get("settings", {}).get("device", "cpu") for result in results}
+    with one_thread():
+        return environment("cuda" if "cuda" in devices else "cpu")
 
 
 def _stored_environment(folder: Folder) -> dict[str, object] | None:

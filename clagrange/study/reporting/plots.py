@@ -37,6 +37,8 @@ _PANELS = {
     "mean_variance": "mean variance / prior's",
 }
 _OF_STREAM = ("dormant_units", "effective_rank")
+PICTURES = ("accuracy.png", "plasticity.png", "profile.png", "improvement.png", "cost.png")
+"""Files of the pictures of all streams."""
 MEASURES = {"online_accuracy": ("online accuracy %", 100.0), "loss": ("online loss", 1.0)}
 # Spans of more than this factor are shown on a logarithmic axis.
 _LOGARITHMIC_SPAN = 50.0
@@ -47,7 +49,7 @@ _CROWDED = 3.0
 
 
 def write_plots(directory: Path, results: Sequence[MethodResult]) -> list[Path]:
-    """Write the pictures of a study into its folder.
+    """Write the pictures of a study into its folder, and remove earlier ones that are not written again.
 
     ``accuracy.png``, ``plasticity.png``, ``profile.png``, ``improvement.png``, ``cost.png``, and
     ``streams/STREAM.png`` of every stream.
@@ -56,25 +58,28 @@ def write_plots(directory: Path, results: Sequence[MethodResult]) -> list[Path]:
         The paths, none without results.
 
     Example:
-        >>> write_plots(Path(), [])
+        >>> write_plots(Path("no such folder"), [])
         []
     """
-    if not results:
-        return []
-    from clagrange.study.reporting.comparison_plots import cost_figure, improvement_figure, profile_figure
-
-    figures = {
-        "accuracy.png": accuracy_figure(results),
-        "plasticity.png": plasticity_figure(results),
-        "profile.png": profile_figure(results),
-        "improvement.png": improvement_figure(results),
-        "cost.png": cost_figure(results),
-    }
-    for stream, of_stream in by_stream(results).items():
-        figures[f"streams/{file_name(stream)}.png"] = stream_figure(of_stream)
+    figures = _figures(results) if results else {}
     for name, figure in figures.items():
         write_figure(directory / name, figure)
-    return [directory / name for name in figures]
+    written = [directory / name for name in figures]
+    for earlier in {directory / name for name in PICTURES} | set((directory / "streams").glob("*.png")):
+        if earlier not in written:
+            earlier.unlink(missing_ok=True)
+    return written
+
+
+def _figures(results: Sequence[MethodResult]) -> dict[str, Any]:
+    """The pictures by the names of their files."""
+    from clagrange.study.reporting.comparison_plots import cost_figure, improvement_figure, profile_figure
+
+    makers = (accuracy_figure, plasticity_figure, profile_figure, improvement_figure, cost_figure)
+    figures = {name: make(results) for name, make in zip(PICTURES, makers, strict=True)}
+    for stream, of_stream in by_stream(results).items():
+        figures[f"streams/{file_name(stream)}.png"] = stream_figure(of_stream)
+    return figures
 
 
 def write_figure(path: Path, figure: Any) -> None:

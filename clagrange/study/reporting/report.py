@@ -21,7 +21,7 @@ from clagrange.study.reporting.document import (
     as_markdown,
 )
 from clagrange.study.reporting.findings import findings, in_short
-from clagrange.study.reporting.plots import write_figure, write_plots
+from clagrange.study.reporting.plots import PICTURES, write_figure, write_plots
 from clagrange.study.reporting.sensitivity import LOSS_FACTOR, MethodTrials, Sensitivity, sensitivity_figure
 from clagrange.study.reporting.significance import pairs_needed, smallest_p
 from clagrange.study.reporting.summary import (
@@ -75,7 +75,6 @@ _PICTURES = {
         ),
     },
 }
-_FILES = [name for pictures in _PICTURES.values() for name in pictures]
 
 
 def write_report(
@@ -98,7 +97,7 @@ def write_report(
         config_text: the resolved configuration; empty if it is not known.
         searches: what `read_searches` gave, of which the streams of the study are shown.
     """
-    if results and any(not (directory / name).exists() for name in _FILES):
+    if results and any(not (directory / name).exists() for name in PICTURES):
         write_plots(directory, results)
     blocks = contents(directory, summary, results, config_text, searches or {})
     path = directory / "report.html"
