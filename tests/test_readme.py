@@ -19,6 +19,7 @@ def test_the_usages():
         "a plain loop, with matrix-Gaussian weights",
         "Lightning",
         "Avalanche",
+        "a plain loop, with any method",
     ]
 
 

@@ -112,12 +112,14 @@ class Intervention(Hooked):  # every moment is optional
 
     def gradient_known(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Say that the gradients are there, before the optimizer steps."""
+        self._require_start()
         if self.detector is not None:
             self.detector.on_gradient(network, optimizer)
         self.on_gradient(network, optimizer)
 
     def step_taken(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Say that the optimizer has stepped."""
+        self._require_start()
         noticed = None if self.detector is None else self.detector.on_step(network, optimizer)
         self.on_step(network, optimizer)
         if noticed is not None and bool(noticed.any()):
@@ -126,6 +128,7 @@ class Intervention(Hooked):  # every moment is optional
 
     def switch_announced(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Announce that another task begins; never before the first."""
+        self._require_start()
         if self.detector is None or self.detector.takes_announcements:
             self.on_switch(network, optimizer)
 
@@ -137,6 +140,14 @@ class Intervention(Hooked):  # every moment is optional
 
     def on_switch(self, network: nn.Module, optimizer: Optimizer) -> None:
         """At the switch to another task; never before the first."""
+
+    def _require_start(self) -> None:
+        """Raise where nothing is hooked yet, or no more: copies and what was unpickled have not started."""
+        if self.generators is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected on_start(network, optimizer) before training, and again after "
+                f"copying or unpickling; it was not called"
+            )
 
     def detach(self) -> None:
         """Remove the hooks from the network."""

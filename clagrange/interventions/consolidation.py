@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from clagrange._checks import Number, check_count, check_nonnegative
-from clagrange.gaussian import consolidate
+from clagrange.gaussian import consolidate, gaussian_blocks
 from clagrange.interventions.base import Intervention
 from clagrange.interventions.detection import Detector
 
@@ -49,6 +49,11 @@ class Consolidation(Intervention):
     def acts_at_switches(self) -> bool:
         """Unless it goes by the steps."""
         return self.every is None
+
+    def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
+        """Look for the layers."""
+        super().on_start(network, optimizer)
+        next(gaussian_blocks(network, self.layers))
 
     def on_step(self, network: nn.Module, optimizer: Optimizer) -> None:
         """Consolidate if enough steps were taken."""

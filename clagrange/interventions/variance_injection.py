@@ -87,8 +87,9 @@ class VarianceInjection(Intervention):
         self.equilibrium = equilibrium
 
     def on_start(self, network: nn.Module, optimizer: Optimizer) -> None:
-        """Begin to count the steps after a switch."""
+        """Look for the layers, and begin to count the steps after a switch."""
         super().on_start(network, optimizer)
+        next(gaussian_blocks(network, self.layers))
         if self._acts_at_steps:  # shape (R,), or one number
             left = self.state.get("left", torch.zeros((replicas_of(network) or 1,), dtype=torch.long))
             self.state["left"] = left.cpu()

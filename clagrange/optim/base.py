@@ -1,5 +1,6 @@
 """What optimizers share: checks, closure, states; the loop over parameters; beliefs over the curvature."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -29,12 +30,15 @@ class CheckedOptimizer(Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; a closure is evaluated first and its value returned."""
+        """Take one step, outside of autocast; a closure is evaluated first and its value returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        device = self.param_groups[0]["params"][0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            self._step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -41,6 +41,20 @@ def step(net: nn.Module, method: Intervention, inputs: Tensor, targets: Tensor, 
     optimizer.zero_grad()
 
 
+# --------------------------------------------------------------------------------------- without a start
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_was_not_started_says_so(copied: bool) -> None:
+    net, method = mlp(), ContinualBackprop()
+    optimizer = still(net)
+    if copied:
+        method.on_start(net, optimizer)
+        method.step_taken(net, optimizer)
+        method = copy.deepcopy(method)
+    for moment in (method.gradient_known, method.step_taken, method.switch_announced):
+        with pytest.raises(RuntimeError, match=r"ContinualBackprop: expected on_start\(network, optimizer\)"):
+            moment(net, optimizer)
+
+
 # ------------------------------------------------------------------------------- layers that take no part
 class Branches(nn.Module):
     """Two ways from inputs to outputs, of which one is taken at a time."""

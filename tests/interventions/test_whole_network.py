@@ -13,6 +13,7 @@ from torch import nn
 
 from clagrange import gaussianize, replicas
 from clagrange.interventions import (
+    Consolidation,
     ContinualBackprop,
     FullReset,
     InputNormalization,
@@ -455,11 +456,10 @@ def test_equilibrium_needs_a_temperature() -> None:
         method.on_step(net, optimizer)
 
 
-def test_variance_injection_needs_gaussian_weights() -> None:
-    net, method = mlp(), VarianceInjection()
-    method.on_start(net, sgd(net))
+@pytest.mark.parametrize("method", [VarianceInjection(), Consolidation()])
+def test_what_needs_gaussian_weights_says_so_at_the_start(method) -> None:
     with pytest.raises(ValueError, match=r"call clagrange.gaussianize\(module\) first"):
-        method.on_switch(net, sgd(net))
+        method.on_start(mlp(), sgd(mlp()))
 
 
 def test_full_reset_moves_a_prior_around_the_initial_weights():

@@ -477,3 +477,50 @@ def test_two_processes_equal_the_joint_batch(tmp_path: Path) -> None:
     for name in first:
         assert_same_tensors(first[name], second[name])
         assert_same_tensors(first[name], distributed(name, None), rtol=1e-9, atol=1e-11)
+
+
+# ------------------------------------------------------------------------------------- compiled, autocast
+class Chain(nn.Module):
+    """A convolution and linear layers, called one by one: torch.compile breaks such a graph at each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 1, 3, padding=1)
+        self.first, self.middle, self.last = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        seen = self.convolution(inputs.view(-1, 1, 8, 8)).relu().flatten(1)
+        return self.last(self.middle(self.first(seen).relu()).relu())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, while it traces
+def test_a_compiled_network_learns_the_same() -> None:
+    """Tracing is like a transform of torch.func, under which nothing is observed."""
+    torch._dynamo.reset()
+    observed = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = gaussianize(Chain(), precision=Kronecker(sampling="batch", observe_every=1))
+        call = torch.compile(net, backend="aot_eager") if compiled else net
+        optimizer = EulerLagrange(net, temperature=1e-3)
+        for step in range(12):
+            generator = torch.Generator().manual_seed(step)
+            inputs = torch.randn(16, 64, generator=generator)
+            optimizer.zero_grad()
+            cross_entropy(call(inputs), torch.randint(10, (16,), generator=generator)).backward()
+            optimizer.step()
+        observed.append(dict(net.state_dict()))
+    assert_same_tensors(*observed, rtol=1e-4, atol=1e-6)
+
+
+@each
+def test_a_step_under_autocast_is_the_same(name: str) -> None:
+    nets = [make(name, form=lambda seed: mlp(seed, dtype=torch.float32)) for _ in range(2)]
+    for autocast, (net, optimizer) in zip((False, True), nets, strict=True):
+        for step in range(3):
+            inputs, targets = batch(step, dtype=torch.float32)
+            optimizer.zero_grad()
+            cross_entropy(net(inputs), targets).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                optimizer.step()
+    assert_same_tensors(dict(nets[1][0].state_dict()), dict(nets[0][0].state_dict()))
