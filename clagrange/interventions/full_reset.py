@@ -26,7 +26,6 @@ class FullReset(Intervention):
         initialize(network, self.generators, frozen=False)
         for _, layer in gaussian_layers(network):
             for block in layer.blocks():
-                if not any(mean.requires_grad for mean in block.means):
-                    continue
-                block.precision.start_over(block.joint_mean())
+                if any(mean.requires_grad for mean in block.means):
+                    block.precision.start_over(block.joint_mean())
         optimizer.state.clear()

@@ -35,7 +35,7 @@ class CheckedOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        device = self.param_groups[0]["params"][0].device.type
+        device = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
         autocast = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
             self._step()

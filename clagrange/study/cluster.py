@@ -12,7 +12,7 @@ from clagrange.study.engine import read_checkpoint
 from clagrange.study.executors import Event, one_thread, tasks_of
 from clagrange.study.extras import extra_module
 from clagrange.study.files import FileProblem, replacing
-from clagrange.study.problems import SettingsError
+from clagrange.study.problems import SettingsError, one_line
 from clagrange.study.results import MethodResult
 from clagrange.study.settings import Study
 from clagrange.study.store import Folder, Job, Origin
@@ -62,8 +62,9 @@ class OnRay:
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="error")
             except (ConnectionError, ValueError, RuntimeError) as error:
-                said = " ".join(str(error).split())
-                raise SettingsError(f"address: expected a Ray cluster, got {address!r} ({said})") from error
+                raise SettingsError(
+                    f"address: expected a Ray cluster, got {address!r} ({one_line(error)})"
+                ) from error
         kind = "GPU" if study.device == "cuda" else "CPU"
         self.workers = workers or max(1, int(ray.cluster_resources().get(kind, 1)))
         self._study, self._folder = study, folder

@@ -435,15 +435,15 @@ class Run(Resumable):
         """The accuracy of each replica on examples of its task."""
         drawn = [_sample(len(task.targets), examples) for task in tasks]
         counts = torch.tensor([len(rows) for rows in drawn], device=self.device)
-        places = torch.arange(int(counts.max()), device=self.device)
-        rows = [
-            row[places.to(row.device).clamp(max=len(row) - 1)] for row in drawn
-        ]  # the last stands in for more
+        places = torch.arange(max(map(len, drawn)))
+        rows = [row[places.clamp(max=len(row) - 1)] for row in drawn]  # the last one stands in for more
         parts = zip(*(task.batch(row) for task, row in zip(tasks, rows, strict=True)), strict=True)
         inputs, targets = map(torch.stack, parts)
         with evaluating(self.network):
             logits = _masked(self.network(inputs.to(self.dtype)), self._outputs_left_out(tasks))
-        right = hits(logits, targets) & (places < counts.unsqueeze(-1)) & ~self.diverged.unsqueeze(-1)
+        right = (
+            hits(logits, targets) & (places.to(self.device) < counts.unsqueeze(-1)) & ~self.diverged.unsqueeze(-1)
+        )
         return right.sum(-1).double() / counts
 
     def _probe(self, tasks: Sequence[Task]) -> tuple[Tensor, Tensor]:

@@ -134,6 +134,11 @@ class Problems:
             raise SettingsError("\n".join(self._lines))
 
 
+def one_line(said: object) -> str:
+    """What an error, or a text, says, in one line."""
+    return " ".join(str(said).split())
+
+
 def check_mapping(key: Key, value: Any) -> None:
     """Raise unless ``value`` is a mapping with at least one entry.
 
@@ -213,7 +218,7 @@ def _parsed(text: str, name: str) -> tuple[Any, dict[Key, int]]:
     except (yaml.YAMLError, TypeError) as error:  # TypeError: a key that is a list
         mark = getattr(error, "problem_mark", None)
         where = name if mark is None else f"{name}:{mark.line + 1}"
-        said = getattr(error, "problem", None) or " ".join(str(error).split())
+        said = getattr(error, "problem", None) or one_line(error)
         raise SettingsError(f"{where}: expected YAML, got what is not valid YAML: {said}") from error
     finally:
         loader.dispose()

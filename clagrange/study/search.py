@@ -12,7 +12,7 @@ import yaml
 from clagrange.study.files import only_writer, require_writable, write_json
 from clagrange.study.groups import start
 from clagrange.study.methods import METHODS
-from clagrange.study.problems import SettingsError
+from clagrange.study.problems import SettingsError, one_line
 from clagrange.study.samplers import Halton, Plan
 from clagrange.study.search_file import MethodSearch, Search
 from clagrange.study.settings import StreamStudy, construct
@@ -102,7 +102,7 @@ def _run_search(search: Search, target: Path, say: Callable[[str], None], device
             except OSError:  # of the file
                 raise
             except Exception as error:
-                failed[f"{name}.{label}"] = " ".join(f"{type(error).__name__}: {error}".split())
+                failed[f"{name}.{label}"] = one_line(f"{type(error).__name__}: {error}")
                 methods.pop(label, None)  # of other settings
                 say(f"{name}.{label} failed")
                 continue

@@ -21,7 +21,7 @@ from clagrange.networks import LOSSES, build
 from clagrange.study.engine import Run
 from clagrange.study.groups import Groups, start
 from clagrange.study.methods import METHODS, Method, snake_case
-from clagrange.study.problems import Key, Problems, SettingsError, check_mapping, read_document
+from clagrange.study.problems import Key, Problems, SettingsError, check_mapping, one_line, read_document
 from clagrange.tasks import Preset, TaskStream
 
 T = TypeVar("T")
@@ -232,7 +232,7 @@ def _try_network(network: nn.Module, body: StreamStudy, stream: TaskStream, writ
     except Exception as error:
         such_as = ", such as augment" if body.settings.get("augment") else ""
         raise SettingsError(
-            f"expected a stream whose batches can be made; the first failed with: {_line(error)}; "
+            f"expected a stream whose batches can be made; the first failed with: {one_line(error)}; "
             f"change the settings of the stream{such_as}",
             ("streams", body.name, "stream"),
         ) from error
@@ -242,7 +242,7 @@ def _try_network(network: nn.Module, body: StreamStudy, stream: TaskStream, writ
     except Exception as error:
         raise SettingsError(
             f"expected a network that can be trained on inputs of shape {tuple(stream.input_shape)} in batches "
-            f"of {stream.batch_size}; the first failed with: {_line(error)}; change the network or the batches",
+            f"of {stream.batch_size}; the first failed with: {one_line(error)}; change the network or the batches",
             _network_key(body, written),
         ) from error
 
@@ -270,7 +270,7 @@ def _try_method(body: StreamStudy, method: str, stream: TaskStream, *, start: bo
                 intervention.on_start(run.network, run.optimizer)
     except Exception as error:
         raise SettingsError(
-            f"expected a method that can train this network; a first step failed with: {_line(error)}; "
+            f"expected a method that can train this network; a first step failed with: {one_line(error)}; "
             f"leave the method out, or change the network",
             key,
         ) from error
@@ -287,11 +287,6 @@ def _shortened(stream: TaskStream) -> TaskStream:
         steps_of=lambda number: 1,
     )
     return short
-
-
-def _line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())
 
 
 def _check_file_names(problems: Problems, study: Study) -> None:
@@ -524,7 +519,7 @@ def construct(registry: Mapping[str, type[T]], kind: Any, values: Mapping[str, A
     except ArgumentError as error:
         named = re.search(r'"it\.(\w+)', str(error))
         if named is None or named[1] not in values or named[1] not in signature:
-            raise SettingsError(" ".join(str(error).replace("it.", "").split()), key) from error
+            raise SettingsError(one_line(str(error).replace("it.", "")), key) from error
         wanted = signature[named[1]].annotation
         expected = _WORDS.get(wanted) or getattr(wanted, "__name__", None) or str(wanted)
         message = f"expected {expected}, got {values[named[1]]!r}"

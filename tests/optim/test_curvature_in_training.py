@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clagrange import gaussianize, replicas
 from clagrange.gaussian import Diagonal, DiagonalPrecision, Kronecker, gaussian_blocks, set_sampling
 from clagrange.networks import cross_entropy
-from clagrange.optim import EulerLagrange
+from clagrange.optim import EulerLagrange, StackedSGD
 
 STRUCTURES = {
     "squared_gradient": Diagonal(),
@@ -524,3 +524,11 @@ def test_a_step_under_autocast_is_the_same(name: str) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 optimizer.step()
     assert_same_tensors(dict(nets[1][0].state_dict()), dict(nets[0][0].state_dict()))
+
+
+def test_a_group_may_be_empty() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = StackedSGD([{"params": []}, {"params": [weight]}], lr=0.5)
+    optimizer.step()
+    assert weight.tolist() == [0.5, 0.5]
