@@ -242,7 +242,8 @@ def _try_network(network: nn.Module, body: StreamStudy, stream: TaskStream, writ
     except Exception as error:
         raise SettingsError(
             f"expected a network that can be trained on inputs of shape {tuple(stream.input_shape)} in batches "
-            f"of {stream.batch_size}; the first failed with: {one_line(error)}; change the network or the batches",
+            f"of {stream.batch_size}; the first failed with: {one_line(error)}; "
+            "change the network or the batches",
             _network_key(body, written),
         ) from error
 
