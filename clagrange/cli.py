@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import json
 import math
+import re
 import sys
 import time
 from argparse import ArgumentError
@@ -115,7 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = parser.parse_args(arguments)
     except ArgumentError as error:
-        return _fail(f"{' '.join(str(error).split())}; see clagrange --help")
+        remedy = "see clagrange --help"
+        if arguments[0] in ("compare", "show") and re.match(r"unrecognized arguments: \w[^ ]*=", str(error)):
+            remedy = "key=value goes before the options"
+        return _fail(f"{' '.join(str(error).split())}; {remedy}")
     command: dict[str, Callable[[Namespace, Console], int]] = {
         "compare": _compare,
         "report": _report,

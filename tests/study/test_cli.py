@@ -124,6 +124,7 @@ def test_a_used_folder_is_refused_resumed_or_replaced(config, tmp_path, capsys):
         (["compare", "{config}", "--address", "auto"], "address: expected only with --executor ray"),
         (["compare", "{config}", "--device", "tpu"], "device: expected cpu or cuda, got 'tpu'"),
         (["compare", "{config}", "--ouy", "x"], "unrecognized arguments"),
+        (["compare", "{config}", "--out", "x", "seeds=2"], "seeds=2; key=value goes before the options"),
         (["comprae"], "invalid choice"),
         (["figure", "3", "--out", "/dev/null/x"], "cannot be written"),
         (["tune", "demo_search", "--out", "/dev/null/x/found.json"], "cannot be written"),
