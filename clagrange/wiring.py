@@ -248,7 +248,20 @@ def connections(
             "network: expected at least two linear or convolution layers, one feeding the other through units "
             "that nothing else makes or sees"
         )
+    _check_own_weights(network, found)
     return found
+
+
+def _check_own_weights(network: nn.Module, found: list[Connection]) -> None:
+    """Raise where a fresh start of a unit would be lost, its weight computed anew from other parameters."""
+    concerned = {layer for link in found for layer in (*link.producers, *link.consumers)}
+    for name, layer in network.named_modules():
+        if layer in concerned and "weight" not in layer._parameters:
+            raise ValueError(
+                f"network: the weight of {name!r} is computed from other parameters, which a fresh start of "
+                f"units cannot set; remove that first, for instance by "
+                f"torch.nn.utils.parametrize.remove_parametrizations"
+            )
 
 
 def output_layers(network: nn.Module) -> list[tuple[str, Layer]]:

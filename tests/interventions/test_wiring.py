@@ -286,6 +286,14 @@ def test_networks_that_it_does_not_know_are_refused(net: nn.Module, message: str
         ContinualBackprop().on_start(net, still(net))
 
 
+@pytest.mark.parametrize("place", [0, 2], ids=["makes units", "takes units"])
+def test_weights_computed_from_others_are_refused(place: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    nn.utils.parametrizations.weight_norm(net[place])
+    with pytest.raises(ValueError, match=rf"'{place}' is computed from other parameters, .*remove_param"):
+        connections(net)
+
+
 def test_pooling_dropout_and_nesting_are_passed() -> None:
     net = nn.Sequential(
         nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2)),
