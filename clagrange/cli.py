@@ -140,6 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted", INTERRUPTED)
 
 
+def _print(console: Console, line: str) -> None:
+    """A line as it is: not broken at the width of the console, which cuts paths and the lines of a log in two."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _fail(message: str, code: int = 2) -> int:
     for line in message.splitlines():
         print(f"clagrange: {line}", file=sys.stderr)
@@ -179,9 +184,7 @@ def _compare(chosen: Namespace, console: Console) -> int:
     study = dataclasses.replace(study, device=_study_device(chosen.device))
     folder = Folder(Path(chosen.out or Path("runs") / Path(chosen.config).stem))
     folder.prepare(study, resume=chosen.resume, overwrite=chosen.overwrite, fresh=chosen.fresh, say=_say)
-    console.print(
-        f"{len(study.runs())} runs of {len(study.seeds)} seeds each into {folder.path}", highlight=False
-    )
+    _print(console, f"{len(study.runs())} runs of {len(study.seeds)} seeds each into {folder.path}")
     try:
         with _progress_bar(console) as show:
             executor = OnRay(study, folder, chosen.address, chosen.workers) if chosen.executor == "ray" else None
@@ -249,7 +252,7 @@ def _progress_bar(console: Console) -> Iterator[Callable[[Any], None]]:
                     parts += [progress.speed(job)] if job in progress.first else ["stored"]
                     if progress.diverged.get(job):
                         parts.append(f"{progress.diverged[job]} of {progress.replicas} seeds diverged")
-                    console.print(", ".join(parts), markup=False, highlight=False)
+                    _print(console, ", ".join(parts))
             running = progress.running
             for job in running:
                 if job not in lines:
@@ -264,7 +267,7 @@ def _progress_bar(console: Console) -> Iterator[Callable[[Any], None]]:
                 for job in running:
                     share = progress.done[job] / progress.planned[job]
                     line = f"{job[0]}: {job[1]} {share:.0%}, {progress.speed(job)}"
-                    console.print(line, markup=False, highlight=False)
+                    _print(console, line)
 
         yield show
 
@@ -310,7 +313,7 @@ def _tune(chosen: Namespace, console: Console) -> int:
         report = run_search(
             search,
             out,
-            lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+            lambda line: _print(console, line),
             device,
         )
     except MethodsFailed as error:
@@ -318,7 +321,7 @@ def _tune(chosen: Namespace, console: Console) -> int:
     if any(body["methods"] for body in report["streams"].values()):
         with replacing(winners) as partial:
             partial.write_text(study_of_winners(search, report), encoding="utf-8")
-        console.print(f"winners: {winners}", highlight=False, markup=False, soft_wrap=True)
+        _print(console, f"winners: {winners}")
     return 0 if failed is None else _fail(failed, 1)
 
 
@@ -388,7 +391,7 @@ def _show(chosen: Namespace, console: Console) -> int:
     require_writable(out.parent)
     about = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "root")
     write_samples(out, stream, title=f"{chosen.stream}  {about}".rstrip(), tasks=chosen.tasks)
-    console.print(str(out), markup=False, highlight=False)
+    _print(console, str(out))
     return 0
 
 
@@ -403,7 +406,7 @@ def _figure(chosen: Namespace, console: Console) -> int:
             f"{did_you_mean(chosen.number, FIGURES)}"
         )
     for path in write_figure(chosen.number, Path(chosen.out)):
-        console.print(str(path), markup=False, highlight=False)
+        _print(console, str(path))
     return 0
 
 

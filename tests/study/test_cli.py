@@ -44,9 +44,11 @@ def rows(folder: Path):
 
 
 def test_compare_writes_everything_that_it_promises(config, tmp_path, capsys):
-    out = tmp_path / "out"
+    out = tmp_path / ("a_long_name_" * 10)
     assert main(["compare", config, "--out", str(out), "--workers", "1"]) == 0
-    assert "euler_lagrange_injection" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(f" into {out}")  # whole, on one line
+    assert any("euler_lagrange_injection" in line for line in said)
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.yaml",
