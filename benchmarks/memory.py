@@ -4,19 +4,22 @@
 
 Each number of replicas runs in a process of its own, by the study runner's engine, with everything measured that
 a study measures. Resident memory is what the system says of the whole process, torch included. Milliseconds are
-the processor's for a task, training and measuring, mean over the tasks since the row before. A task of a stream
-depends on its number alone: the time to make the last one is that of the first.
+the processor's for a task, training and measuring, mean over the tasks since the row before: moments apart, on a
+machine that others use too. So what tasks after the thousandth cost beside those after the tenth is measured
+in turns, by that run and a second one; the median of the ratios counts. A task of a stream depends on its number
+alone: the time to make the last one is that of the first.
 """
 
 import argparse
 import gc
 import multiprocessing
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from speed import medians
+from speed import medians, turns
 
 from clagrange.study.engine import Run
 from clagrange.study.files import write_json
@@ -26,6 +29,9 @@ from clagrange.tasks import PermutedDigits
 
 NOTED = (1, 10, 100, 500, 1_000)
 """Tasks after which memory is read."""
+EARLY = 10
+"""Tasks behind a run whose next ones are compared with those that follow the last task."""
+TURNS = 200
 STREAM = {"examples": 64, "batch_size": 8}
 METHOD = "continual_backprop"
 HIDDEN = [64, 64]
@@ -37,12 +43,16 @@ def resident() -> float:
     return int(next(line.split()[1] for line in lines if line.startswith("VmRSS:"))) / 1024
 
 
-def measure(tasks: int, replicas: int) -> list[dict[str, float]]:
-    """Memory, and processor seconds per task, at the noted tasks."""
+def measure(tasks: int, replicas: int) -> dict[str, Any]:
+    """Memory and processor seconds per task at the noted tasks; the cost of late tasks beside early ones."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    streams = [PermutedDigits(tasks=tasks, seed=seed, **STREAM) for seed in range(replicas)]
-    run = Run(METHODS[METHOD](), streams, HIDDEN)
+
+    def fresh() -> Run:
+        streams = [PermutedDigits(tasks=tasks + TURNS + 1, seed=seed, **STREAM) for seed in range(replicas)]
+        return Run(METHODS[METHOD](), streams, HIDDEN)
+
+    run = fresh()
     rows: list[dict[str, float]] = []
     started, before = time.process_time(), 0
     while run.next_task < tasks:
@@ -53,7 +63,12 @@ def measure(tasks: int, replicas: int) -> list[dict[str, float]]:
             gc.collect()
             rows.append({"task": done, "resident_mib": resident(), "processor_seconds_per_task": seconds})
             started, before = time.process_time(), done
-    return rows
+    early = fresh()
+    for _ in range(EARLY):
+        early.run_task()
+    seconds_of = turns({"late": run.run_task, "early": early.run_task}, TURNS)
+    ratios = [late / early for late, early in zip(*seconds_of.values(), strict=True)]
+    return {"rows": rows, "late_over_early": statistics.median(ratios)}
 
 
 def reaching(tasks: int) -> dict[str, float]:
@@ -83,14 +98,18 @@ def main() -> None:
     }
     for replicas in chosen.replicas:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows = pool.apply(measure, (chosen.tasks, replicas))
-        figures["replicas"][str(replicas)] = rows
-        for row in rows:
+            measured = pool.apply(measure, (chosen.tasks, replicas))
+        figures["replicas"][str(replicas)] = measured
+        for row in measured["rows"]:
             print(
                 f"{replicas:3d} replicas, task {row['task']:5.0f}: {row['resident_mib']:7.1f} MiB, "
                 f"{1e3 * row['processor_seconds_per_task']:6.1f} ms per task",
                 flush=True,
             )
+        print(
+            f"{replicas:3d} replicas, after task {chosen.tasks}: a task costs {measured['late_over_early']:.3f} "
+            f"times one after task {EARLY}"
+        )
     figures["seconds_to_reach"] = reaching(chosen.tasks)
     for which, seconds in figures["seconds_to_reach"].items():
         print(f"{which} task reached in {1e3 * seconds:.2f} ms")
