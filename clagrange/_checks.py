@@ -94,6 +94,11 @@ def did_you_mean(value: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def one_line(said: object) -> str:
+    """What an error, or a text, says, in one line."""
+    return " ".join(str(said).split())
+
+
 def per_replica(value: Number, like: Tensor) -> Number:
     """Shape a hyper-parameter of shape (R,) so that it broadcasts along the leading dimension of ``like``.
 

@@ -116,10 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = parser.parse_args(arguments)
     except ArgumentError as error:
+        from clagrange._checks import one_line
+
         remedy = "see clagrange --help"
         if arguments[0] in ("compare", "show") and re.match(r"unrecognized arguments: \w[^ ]*=", str(error)):
             remedy = "key=value goes before the options"
-        return _fail(f"{' '.join(str(error).split())}; {remedy}")
+        return _fail(f"{one_line(error)}; {remedy}")
     command: dict[str, Callable[[Namespace, Console], int]] = {
         "compare": _compare,
         "report": _report,
@@ -310,12 +312,7 @@ def _tune(chosen: Namespace, console: Console) -> int:
     require_writable(winners.parent)
     failed: str | None = None
     try:
-        report = run_search(
-            search,
-            out,
-            lambda line: _print(console, line),
-            device,
-        )
+        report = run_search(search, out, lambda line: _print(console, line), device)
     except MethodsFailed as error:
         report, failed = error.report, str(error)
     if any(body["methods"] for body in report["streams"].values()):

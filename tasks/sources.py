@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from clagrange._checks import check_count, did_you_mean
+from clagrange._checks import check_count, did_you_mean, one_line
 from clagrange.tasks.base import Task
 from clagrange.tasks.digits import digits
 
@@ -219,7 +219,7 @@ def _check_sums(folder: Path, where: Path) -> None:
 
 
 def _damaged(what: str, where: Path, error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = one_line(error) or type(error).__name__
     return (
         f"{what}'s files in {where.resolve()} are incomplete, truncated or altered ({said}); remove them and set "
         f"download=True"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clagrange._checks import check_choice, did_you_mean
+from clagrange._checks import check_choice, did_you_mean, one_line
 from clagrange.tasks.base import Preset, Task, TaskStream, data_folder
 from clagrange.tasks.sources import check_sum_beside
 
@@ -220,8 +220,7 @@ def _load(path: Path) -> "pa.Table":
             return pyarrow.parquet.read_table(path, page_checksum_verification=True)
         return pyarrow.csv.read_csv(path)
     except (pa.ArrowException, OSError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"file: {path} is truncated, altered or no table ({said})") from error
+        raise ValueError(f"file: {path} is truncated, altered or no table ({one_line(error)})") from error
 
 
 def _is_number(kind: Any) -> bool:

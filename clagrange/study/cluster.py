@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from clagrange._checks import one_line
 from clagrange.study.engine import read_checkpoint
 from clagrange.study.executors import Event, one_thread, tasks_of
 from clagrange.study.extras import extra_module
 from clagrange.study.files import FileProblem, replacing
-from clagrange.study.problems import SettingsError, one_line
+from clagrange.study.problems import SettingsError
 from clagrange.study.results import MethodResult
 from clagrange.study.settings import Study
 from clagrange.study.store import Folder, Job, Origin

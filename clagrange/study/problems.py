@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from clagrange._checks import did_you_mean
+from clagrange._checks import did_you_mean, one_line
 
 Key = tuple[str, ...]
 """Where a setting is: the keys from the top of the file to it."""
@@ -132,11 +132,6 @@ class Problems:
         """
         if self._lines:
             raise SettingsError("\n".join(self._lines))
-
-
-def one_line(said: object) -> str:
-    """What an error, or a text, says, in one line."""
-    return " ".join(str(said).split())
 
 
 def check_mapping(key: Key, value: Any) -> None:

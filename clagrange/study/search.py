@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
+from clagrange._checks import one_line
 from clagrange.study.files import only_writer, require_writable, write_json
 from clagrange.study.groups import start
 from clagrange.study.methods import METHODS
-from clagrange.study.problems import SettingsError, one_line
+from clagrange.study.problems import SettingsError
 from clagrange.study.samplers import Halton, Plan
 from clagrange.study.search_file import MethodSearch, Search
 from clagrange.study.settings import StreamStudy, construct

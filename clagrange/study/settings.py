@@ -16,12 +16,12 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from clagrange import tasks
-from clagrange._checks import did_you_mean
+from clagrange._checks import did_you_mean, one_line
 from clagrange.networks import LOSSES, build
 from clagrange.study.engine import Run
 from clagrange.study.groups import Groups, start
 from clagrange.study.methods import METHODS, Method, snake_case
-from clagrange.study.problems import Key, Problems, SettingsError, check_mapping, one_line, read_document
+from clagrange.study.problems import Key, Problems, SettingsError, check_mapping, read_document
 from clagrange.tasks import Preset, TaskStream
 
 T = TypeVar("T")

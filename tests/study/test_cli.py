@@ -44,10 +44,11 @@ def rows(folder: Path):
 
 
 def test_compare_writes_everything_that_it_promises(config, tmp_path, capsys):
-    out = tmp_path / ("a_long_name_" * 10)
+    out = tmp_path / ("a_[long]_name_" * 10)
     assert main(["compare", config, "--out", str(out), "--workers", "1"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith(f" into {out}")  # whole, on one line
+    assert said[-1] == f"Report: {out / 'report.html'}"
     assert any("euler_lagrange_injection" in line for line in said)
     names = {path.name for path in out.iterdir()}
     assert names == {

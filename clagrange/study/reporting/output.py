@@ -92,7 +92,7 @@ def write_output(
         print(as_markdown(summary))
     else:
         table(summary, console)
-        console.print(f"Report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(f"Report: {folder.path / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _environment(results: Sequence[MethodResult]) -> dict[str, object]:
